@@ -1,0 +1,253 @@
+"""Rosbags as messages: recordings found in a folder, topics read whole, every fault named.
+
+The storage files themselves are opened with the low-level readers of the rosbags library, one by one: its reader of
+folders drops a topic without a word where metadata.yaml and storage differ in QoS, and its AnyReader refuses a bag for
+one bad definition of a topic nobody asked for. What is read is counted against what was declared.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from rosbags import rosbag1, rosbag2
+from rosbags.interfaces import Connection, MessageDefinitionFormat
+from rosbags.typesys import Stores, get_types_from_idl, get_types_from_msg, get_typestore
+
+from config import Fault
+
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
+
+STORAGES = (".mcap", ".db3", ".bag")
+UNREADABLE = {
+    ".active": "the recorder did not finish it; `rosbag reindex` it and drop the .active",
+    ".zst": "unpack it first: `zstd -d`",
+}
+ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
+
+
+class Bag(NamedTuple):
+    """One recording: its name below bag_dir, its storage files in order, and what its metadata.yaml declares."""
+
+    name: str
+    files: tuple[Path, ...]
+    declared: dict[str, int]  # topic: messages; empty without a metadata.yaml
+
+
+class Message(NamedTuple):
+    """One message, decoded by the definition in the bag or by the standard one."""
+
+    place: str  # file, topic, number and time, for error messages
+    topic: str
+    msgtype: str
+    receive_ns: int
+    content: Any
+
+
+def find_bags(folder: Path) -> list[Bag]:
+    """All recordings below a folder (or the one at a path), sorted by name.
+
+    A folder with a metadata.yaml is one recording, of one or many files; without one each storage file is a recording.
+    """
+    if not folder.exists():
+        raise Fault(
+            f"data.bag_dir: {folder} does not exist; set it to the folder of your recordings, "
+            "or try `make -C train demo`, which records some by itself"
+        )
+    paths = (
+        [folder] if folder.is_file() else sorted(p for p in folder.rglob("*") if p.is_file() and not _hidden(p, folder))
+    )
+    root = folder.parent if folder.is_file() or (folder / "metadata.yaml").exists() else folder
+    bags: list[Bag] = []
+    faults: list[str] = []
+    claimed: set[Path] = set()
+    for path in paths:
+        if path.name == "metadata.yaml":
+            try:
+                bags.append(_described_bag(path, str(path.parent.relative_to(root))))
+                claimed.add(path.parent)
+            except Fault as fault:
+                faults += fault.args
+    for path in paths:
+        stem = path.name.removesuffix(".zstd")
+        if path.suffix in UNREADABLE and stem.split(".", 1)[-1].startswith(tuple(s[1:] for s in STORAGES)):
+            faults.append(f"{path}: cannot be read as it is: {UNREADABLE[path.suffix]}")
+        if (
+            Path(stem).suffix in STORAGES
+            and path.parent not in claimed
+            and not (path.parent / "metadata.yaml").exists()
+        ):
+            bags.append(Bag(str(path.relative_to(root)), (path,), {}))
+    if faults:
+        raise Fault(*faults)
+    if not bags:
+        raise Fault(f"data.bag_dir: {folder} holds no recording; expected files ending in {', '.join(STORAGES)}")
+    return sorted(bags)
+
+
+def _hidden(path: Path, folder: Path) -> bool:
+    return any(part.startswith(".") for part in path.relative_to(folder).parts)
+
+
+def _described_bag(metadata: Path, name: str) -> Bag:
+    """The recording that a metadata.yaml describes."""
+    advice = "`ros2 bag reindex` the folder, or remove the file and each storage file counts as a recording"
+    try:
+        info = yaml.safe_load(metadata.read_text())["rosbag2_bagfile_information"]
+        files = tuple(metadata.parent / Path(file).name for file in info["relative_file_paths"])
+        declared = {
+            topic["topic_metadata"]["name"]: topic["message_count"] for topic in info["topics_with_message_count"]
+        }
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError) as error:
+        raise Fault(f"{metadata}: is broken ({_brief(error)}); {advice}") from None
+    missing = [file.name for file in files if not file.exists()]
+    if missing or not files:
+        raise Fault(
+            f"{metadata}: names {', '.join(missing) or 'no file'}, which is not there; copy the whole recording, or {advice}"
+        )
+    return Bag(name, files, declared)
+
+
+def read_messages(bag: Bag, topics: Collection[str]) -> Iterator[Message]:
+    """The messages of some topics of a bag in the order they were received, decoded.
+
+    Raises Fault where a topic is missing or empty, a file cannot be read, or fewer messages come than were declared.
+    """
+    read: Counter[str] = Counter()
+    stored: Counter[str] = Counter()
+    seen: dict[str, set[str]] = {}
+    start_ns = 0
+    for file in bag.files:
+        with _opened(file) as reader:
+            connections = [c for c in reader.connections if c.topic in topics]
+            decode = _decoder(file, connections, ros1=file.suffix == ".bag")
+            for connection in reader.connections:
+                stored[connection.topic] += connection.msgcount
+                seen.setdefault(connection.topic, set()).add(_full_name(connection.msgtype))
+            start_ns = start_ns or reader.start_time
+            # an empty filter would read the whole bag
+            for connection, receive_ns, raw in _guarded(reader.messages(connections) if connections else (), file):
+                place = f"{bag.name}: {connection.topic}: message {read[connection.topic]} at t+{(receive_ns - start_ns) / 1e9:.3f} s"
+                read[connection.topic] += 1
+                yield Message(
+                    place, connection.topic, _full_name(connection.msgtype), receive_ns, decode(connection, raw, place)
+                )
+    faults = []
+    for topic in topics:
+        if topic not in seen:
+            there = ", ".join(f"{name} ({'/'.join(sorted(kinds))})" for name, kinds in sorted(seen.items())) or "none"
+            faults.append(f"{bag.name}: {topic}: no such topic; topics that are there: {there}")
+        elif len(seen[topic]) > 1:
+            faults.append(f"{bag.name}: {topic}: carries two types, {' and '.join(sorted(seen[topic]))}; expected one")
+        elif read[topic] != stored[topic]:
+            faults.append(
+                f"{bag.name}: {topic}: {read[topic]} messages read, {stored[topic]} stored; the file is damaged"
+            )
+        elif bag.declared and read[topic] != bag.declared.get(topic, 0):
+            faults.append(
+                f"{bag.name}: {topic}: {read[topic]} messages read, metadata.yaml declares "
+                f"{bag.declared.get(topic, 0)}; if the storage is right, `ros2 bag reindex` the folder"
+            )
+        elif not read[topic]:
+            faults.append(f"{bag.name}: {topic}: holds no message; record it again or leave the recording out")
+    if faults:
+        raise Fault(*faults)
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[rosbag1.Reader | rosbag2.Reader]:
+    """A storage file, opened; a .zstd one is unpacked to the temporary folder for as long as it is read."""
+    wal = file.with_name(file.name + "-wal")
+    if wal.exists() and wal.stat().st_size:
+        raise Fault(
+            f"{wal}: the recorder left messages here that no reader would see; merge them first: "
+            f"`sqlite3 {file.name} 'pragma wal_checkpoint(truncate)'`"
+        )
+    if not file.stat().st_size:
+        raise Fault(f"{file}: is empty (0 bytes); copy it again or remove it")
+    with tempfile.TemporaryDirectory(prefix="rosbag-") as folder:
+        plain = file
+        if file.suffix == ".zstd":
+            plain = Path(folder, file.stem)
+            try:
+                with zstd.open(file, "rb") as packed, plain.open("wb") as unpacked:
+                    shutil.copyfileobj(packed, unpacked, 1 << 20)
+            except (zstd.ZstdError, EOFError) as error:
+                raise Fault(
+                    f"{file}: cannot be unpacked ({_brief(error)}); the file is cut short or damaged: copy it again"
+                ) from None
+        try:
+            reader = rosbag1.Reader(plain) if plain.suffix == ".bag" else rosbag2.Reader(plain)
+            reader.open()
+        except Exception as error:  # the library raises whatever a damaged file provokes
+            remedy = {".mcap": "`mcap recover`", ".db3": "`sqlite3 ... .recover`", ".bag": "`rosbag reindex`"}[
+                plain.suffix
+            ]
+            raise Fault(
+                f"{file}: cannot be opened ({_brief(error)}); copy it again, or try {remedy}, or remove it"
+            ) from None
+        try:
+            yield reader
+        finally:
+            reader.close()
+
+
+def _guarded(messages: Any, file: Path) -> Iterator[tuple[Connection, int, bytes]]:
+    """The reader's messages, with its errors turned into faults."""
+    try:
+        yield from messages
+    except Exception as error:
+        raise Fault(f"{file}: cannot be read to its end ({_brief(error)}); copy it again or remove it") from None
+
+
+def _decoder(file: Path, connections: list[Connection], ros1: bool) -> Callable[[Connection, bytes, str], Any]:
+    """A function from a raw message to its content. Standard types are known; others come from the bag's definitions."""
+    store = get_typestore(Stores.ROS1_NOETIC if ros1 else Stores.ROS2_HUMBLE)
+    for connection in connections:
+        name, definition = _full_name(connection.msgtype), connection.msgdef
+        if name in store.fielddefs:
+            continue
+        try:
+            if definition.format == MessageDefinitionFormat.NONE:
+                raise ValueError("the bag holds no definition of it")
+            idl = definition.format == MessageDefinitionFormat.IDL
+            found = get_types_from_idl(definition.data) if idl else get_types_from_msg(definition.data, name)
+            store.register({key: value for key, value in found.items() if key not in store.fielddefs})
+        except Exception as error:
+            raise Fault(
+                f"{file}: {connection.topic}: its type {name} cannot be understood ({_brief(error)}); "
+                "record it with its definition, or leave the topic out"
+            ) from None
+
+    def decode(connection: Connection, raw: bytes, place: str) -> Any:
+        try:
+            if raw[:4] == ZSTD_MAGIC:  # compression mode MESSAGE; no CDR or ROS 1 message of ours begins so
+                raw = zstd.decompress(raw)
+            return (store.deserialize_ros1 if ros1 else store.deserialize_cdr)(raw, _full_name(connection.msgtype))
+        except Exception as error:
+            raise Fault(
+                f"{place}: does not decode as {connection.msgtype} ({_brief(error)}); the file is damaged"
+            ) from None
+
+    return decode
+
+
+def _brief(error: Exception) -> str:
+    """A library's error on one line."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:160]}{'...' if len(text) > 160 else ''}"
+
+
+def _full_name(msgtype: str) -> str:
+    """`sensor_msgs/Image`, as recorders of 2019 wrote it, is `sensor_msgs/msg/Image`."""
+    return msgtype if msgtype.count("/") != 1 else msgtype.replace("/", "/msg/")

@@ -1,0 +1,149 @@
+"""A recording as episodes on one grid of ticks: state, action and which picture was the newest.
+
+At each tick the newest message of each topic that is not after it is taken: what the robot's own node would have seen.
+Where one is too old the episode is split, never filled in.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+
+from bags import Bag, read_messages
+from config import Data, Fault, Signal
+from images import resize, to_rgb
+from signals import Series, read_series
+
+DECODERS = 2  # threads that decode pictures; OpenCV lets go of the interpreter while it does
+
+
+class Episode(NamedTuple):
+    """N ticks without a gap."""
+
+    state: np.ndarray  # (N, S) float32, the robot's units
+    action: np.ndarray  # (N, A) float32
+    frames: dict[str, np.ndarray]  # camera: (N,) int64, the number of its message within the bag
+
+
+class Recording(NamedTuple):
+    """The episodes of one bag and what there is to say of them."""
+
+    episodes: list[Episode]
+    state_names: tuple[str, ...]
+    action_names: tuple[str, ...]
+    notes: list[str]  # clocks, splits and what was dropped, in words
+
+
+def read_recording(bag: Bag, data: Data) -> Recording:
+    """The episodes of a bag. Raises Fault with all that is wrong with it."""
+    commands = () if data.action.from_ == "next_state" else data.action.from_
+    series = read_series(bag, {*data.state, *commands}, set(data.cameras.values()))
+    ticks = _grid(bag.name, series, data.fps)
+    newest, fresh, notes = _newest(series, ticks, data)
+
+    def gather(signals: tuple[Signal, ...]) -> tuple[np.ndarray, tuple[str, ...]]:
+        rows = [series[s.topic].values[s][newest[s.topic]] for s in signals]
+        return np.concatenate(rows, axis=1), tuple(name for s in signals for name in series[s.topic].names[s])
+
+    state, state_names = gather(data.state)  # (N, S) float64
+    target, action_names = gather(commands) if commands else (state[1:], state_names)
+    if data.action.as_ == "delta" and target.shape[1] != state.shape[1]:
+        raise Fault(
+            f"{bag.name}: data.action.as: a delta needs as many commands as states; found {target.shape[1]} "
+            f"({', '.join(action_names)}) for {state.shape[1]} ({', '.join(state_names)})"
+        )
+    episodes, dropped = [], 0
+    for start, stop in _runs(fresh):
+        if stop - start < 2:
+            dropped += stop - start
+            continue
+        if not commands:
+            stop -= 1  # the last tick has no next state
+        action = target[start:stop] - state[start:stop] if data.action.as_ == "delta" else target[start:stop]
+        frames = {camera: newest[topic][start:stop] for camera, topic in data.cameras.items()}
+        episodes.append(Episode(state[start:stop].astype(np.float32), action.astype(np.float32), frames))
+    if dropped:
+        notes.append(f"{dropped} lone ticks between gaps dropped")
+    if not episodes:
+        raise Fault(
+            f"{bag.name}: holds no episode of at least two ticks at {data.fps:g} Hz ({len(ticks)} in the time that all topics "
+            f"share{''.join('; ' + note for note in notes)}); leave it out, or allow older messages by data.max_age_ms"
+        )
+    return Recording(episodes, state_names, action_names, notes)
+
+
+def _grid(name: str, series: dict[str, Series], fps: float) -> np.ndarray:
+    """Ticks (N,) int64 ns over the time that all topics share."""
+    start = max(one.stamps[0] for one in series.values())
+    stop = min(one.stamps[-1] for one in series.values())
+    if stop < start:
+        first = min(one.stamps[0] for one in series.values())
+        spans = "; ".join(
+            f"{topic} t+{(one.stamps[0] - first) / 1e9:.3f} to {(one.stamps[-1] - first) / 1e9:.3f} s ({one.clock})"
+            for topic, one in sorted(series.items())
+        )
+        raise Fault(f"{name}: its topics share no time: {spans}; leave the recording out")
+    count = int((stop - start) * fps / 1e9) + 1
+    return start + np.rint(np.arange(count) * (1e9 / fps)).astype(np.int64)
+
+
+def _newest(
+    series: dict[str, Series], ticks: np.ndarray, data: Data
+) -> tuple[dict[str, np.ndarray], np.ndarray, list[str]]:
+    """For each topic the newest message (N,) not after each tick; whether all are fresh (N,) bool; notes."""
+    newest, fresh, notes = {}, np.ones(len(ticks), bool), []
+    for topic, one in sorted(series.items()):
+        newest[topic] = np.searchsorted(one.stamps, ticks, side="right") - 1
+        period = np.median(np.diff(one.stamps)) / 1e6 if len(one.stamps) > 1 else 0.0
+        max_age = data.max_age_ms.get(topic, max(2.5 * period, 1e3 / data.fps))
+        old = (ticks - one.stamps[newest[topic]]) / 1e6 > max_age
+        if one.clock != "header":
+            notes.append(f"{topic} by {one.clock}")
+        if old.any():
+            at = (ticks[int(np.argmax(old))] - ticks[0]) / 1e9
+            notes.append(
+                f"{topic} silent for more than {max_age:.0f} ms {len(_runs(old))} times, {old.sum()} ticks, first at t+{at:.2f} s"
+            )
+        fresh &= ~old
+    return newest, fresh, notes
+
+
+def _runs(mask: np.ndarray) -> list[tuple[int, int]]:
+    """(start, stop) of each run of True."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], mask.view(np.int8), [0]])))
+    return [(int(a), int(b)) for a, b in zip(edges[::2], edges[1::2], strict=True)]
+
+
+def read_frames(bag: Bag, wanted: dict[str, np.ndarray], size: tuple[int, int]) -> Iterator[tuple[str, np.ndarray]]:
+    """(topic, RGB (*size, 3) uint8) of the wanted message numbers of each topic, in the bag's order; no other is decoded."""
+    chosen = {topic: set(map(int, numbers)) for topic, numbers in wanted.items()}
+    native: dict[str, tuple[int, ...]] = {}
+
+    def decode(place: str, content: object) -> tuple[tuple[int, ...], np.ndarray]:
+        pixels = to_rgb(content, place)
+        return pixels.shape[:2], resize(pixels, size)
+
+    def finish(topic: str, place: str, job: Future[tuple[tuple[int, ...], np.ndarray]]) -> tuple[str, np.ndarray]:
+        shape, pixels = job.result()
+        if native.setdefault(topic, shape) != shape:
+            raise Fault(
+                f"{place}: is {shape[1]}x{shape[0]}, the pictures before it {native[topic][1]}x{native[topic][0]}; "
+                "expected one size in a recording: leave it out"
+            )
+        return topic, pixels
+
+    count = dict.fromkeys(wanted, 0)
+    pending: deque[tuple[str, str, Future[tuple[tuple[int, ...], np.ndarray]]]] = deque()
+    with ThreadPoolExecutor(DECODERS) as pool:
+        for message in read_messages(bag, wanted):
+            number, count[message.topic] = count[message.topic], count[message.topic] + 1
+            if number in chosen[message.topic]:
+                pending.append((message.topic, message.place, pool.submit(decode, message.place, message.content)))
+            if len(pending) > 4 * DECODERS:  # bounds the memory
+                yield finish(*pending.popleft())
+        while pending:
+            yield finish(*pending.popleft())

@@ -1,0 +1,95 @@
+"""One camera message as RGB pixels at the size the network sees: the same code for training and on the robot.
+
+sensor_msgs/Image by its encoding, row step checked; sensor_msgs/CompressedImage by what its bytes are.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import cv2
+import numpy as np
+
+from config import Fault
+
+CHANNELS = {
+    "rgb8": 3,
+    "bgr8": 3,
+    "8UC3": 3,
+    "rgba8": 4,
+    "bgra8": 4,
+    "mono8": 1,
+    "8UC1": 1,
+    "bayer_rggb8": 1,
+    "bayer_bggr8": 1,
+    "bayer_gbrg8": 1,
+    "bayer_grbg8": 1,
+    "yuv422": 2,
+    "uyvy": 2,
+    "yuv422_yuy2": 2,
+    "yuyv": 2,
+}
+TO_RGB = {
+    "bgr8": cv2.COLOR_BGR2RGB,
+    "8UC3": cv2.COLOR_BGR2RGB,  # 8UC3 is what OpenCV's users publish: BGR
+    "rgba8": cv2.COLOR_RGBA2RGB,
+    "bgra8": cv2.COLOR_BGRA2RGB,
+    "mono8": cv2.COLOR_GRAY2RGB,
+    "8UC1": cv2.COLOR_GRAY2RGB,
+    # OpenCV names a Bayer pattern by its second row, ROS by its first
+    "bayer_rggb8": cv2.COLOR_BayerBG2RGB,
+    "bayer_bggr8": cv2.COLOR_BayerRG2RGB,
+    "bayer_gbrg8": cv2.COLOR_BayerGR2RGB,
+    "bayer_grbg8": cv2.COLOR_BayerGB2RGB,
+    "yuv422": cv2.COLOR_YUV2RGB_UYVY,
+    "uyvy": cv2.COLOR_YUV2RGB_UYVY,
+    "yuv422_yuy2": cv2.COLOR_YUV2RGB_YUY2,
+    "yuyv": cv2.COLOR_YUV2RGB_YUY2,
+}
+DEPTH = ("16UC1", "32FC1", "mono16", "compressedDepth")
+
+
+def to_rgb(message: Any, place: str) -> np.ndarray:
+    """The picture (H, W, 3) uint8 of an Image or CompressedImage message, at its own size.
+
+    `place` opens the Fault that is raised where the message holds no colour picture.
+    """
+    kind: str = getattr(message, "encoding", "") or getattr(message, "format", "")
+    if any(depth in kind for depth in DEPTH):
+        raise Fault(
+            f"{place}: is a depth or 16-bit picture ({kind}); expected colour or 8-bit grey: give a colour camera's topic"
+        )
+    if not hasattr(message, "encoding"):
+        return _decompress(message.data, kind, place)
+    if kind not in CHANNELS:
+        raise Fault(f"{place}: encoding {kind!r} is not read; expected one of {', '.join(CHANNELS)}")
+    height, width, step, row = message.height, message.width, message.step, message.width * CHANNELS[kind]
+    if not row or not height or step < row or len(message.data) != step * height:
+        raise Fault(
+            f"{place}: {width}x{height} {kind} with step {step} and {len(message.data)} bytes does not fit together; "
+            f"expected a step of at least {row} and step x height = {step * height} bytes: the driver or the file is at fault"
+        )
+    pixels = np.asarray(message.data).reshape(height, step)[:, :row].reshape(height, width, CHANNELS[kind])
+    return cv2.cvtColor(np.ascontiguousarray(pixels), TO_RGB[kind]) if kind in TO_RGB else pixels
+
+
+def _decompress(data: np.ndarray, kind: str, place: str) -> np.ndarray:
+    try:  # a camera's orientation tag must not turn the picture: the robot's node would not
+        pixels = cv2.imdecode(np.asarray(data), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
+    except cv2.error:  # an empty buffer
+        pixels = None
+    if pixels is None:
+        raise Fault(
+            f"{place}: {len(data)} bytes of format {kind!r} do not decode as a picture; the file is damaged or "
+            "the recorder cut it short: leave the recording out"
+        )
+    return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
+
+
+def resize(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """(H, W, 3) uint8 as (*size, 3): areas averaged where it shrinks, so that nothing aliases."""
+    height, width = size
+    if pixels.shape[:2] == (height, width):
+        return pixels
+    shrinks = pixels.shape[0] >= height and pixels.shape[1] >= width
+    return cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)

@@ -1,0 +1,218 @@
+"""Messages as time series: the numbers of a signal by joint name, place or dotted path, under one clock for each topic."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Collection
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from bags import Bag, Message, read_messages
+from config import Fault, Signal
+
+MAX_SKEW_NS = 1_000_000_000  # a header stamp this far from its receive stamp is of another clock
+JOINT_STATE, TRAJECTORY = "sensor_msgs/msg/JointState", "trajectory_msgs/msg/JointTrajectory"
+IMAGES = ("sensor_msgs/msg/Image", "sensor_msgs/msg/CompressedImage")
+
+
+class Series(NamedTuple):
+    """One topic of one bag over time."""
+
+    msgtype: str
+    stamps: np.ndarray  # (M,) int64, ns, never falling
+    clock: str  # "header", or "receive (why not header)"
+    values: dict[Signal, np.ndarray]  # (M, K) float64 each; none for a camera
+    names: dict[Signal, tuple[str, ...]]  # of the K numbers
+
+
+def read_series(bag: Bag, signals: Collection[Signal], cameras: Collection[str]) -> dict[str, Series]:
+    """The wanted topics of a bag in one pass: numbers of the signals, stamps alone of the cameras.
+
+    Memory grows with the joint messages, not with the pictures. Raises Fault with all that is wrong with the bag.
+    """
+    by_topic: dict[str, list[Signal]] = {topic: [] for topic in cameras}
+    for signal in signals:
+        by_topic.setdefault(signal.topic, []).append(signal)
+    stamps: dict[str, list[tuple[int, int]]] = {topic: [] for topic in by_topic}
+    numbers: dict[Signal, list[np.ndarray]] = {signal: [] for signal in signals}
+    pick = {signal: _Picker(signal) for signal in signals}
+    msgtypes: dict[str, str] = {}
+    faults: list[str] = []
+    broken: set[str | Signal] = set()  # one fault each is enough
+    try:
+        for message in read_messages(bag, by_topic):
+            header = getattr(message.content, "header", None)
+            stamps[message.topic].append(
+                (message.receive_ns, header.stamp.sec * 10**9 + header.stamp.nanosec if header else 0)
+            )
+            if message.topic in cameras and message.msgtype not in IMAGES and message.topic not in broken:
+                broken.add(message.topic)
+                faults.append(
+                    f"{message.place}: is a {message.msgtype}; a camera's topic carries {' or '.join(IMAGES)}"
+                )
+            for signal in by_topic[message.topic]:
+                if signal not in broken:
+                    try:
+                        numbers[signal].append(pick[signal](message))
+                    except Fault as fault:
+                        broken.add(signal)
+                        faults += fault.args
+            msgtypes[message.topic] = message.msgtype
+    except Fault as fault:
+        faults += fault.args
+    if faults:
+        raise Fault(*faults)
+    series = {}
+    for topic in by_topic:
+        receive, header_ns = np.array(stamps[topic], np.int64).T
+        clock = _clock(receive, header_ns)
+        chosen = header_ns if clock == "header" else receive
+        if np.any(np.diff(chosen) < 0):
+            at = int(np.argmax(np.diff(chosen) < 0)) + 1
+            faults.append(
+                f"{bag.name}: {topic}: time runs backwards at message {at}; its files overlap in time or are out of order"
+            )
+        values = {}
+        for signal in by_topic[topic]:
+            lengths = Counter(map(len, numbers[signal]))
+            if len(lengths) > 1:
+                faults.append(
+                    f"{bag.name}: {topic}: {signal.field or 'the array'} has {' and '.join(map(str, lengths))} numbers; "
+                    "expected the same in every message; pick some by `index`"
+                )
+                continue
+            values[signal] = np.array(numbers[signal], np.float64)
+            bad = ~np.isfinite(values[signal])
+            if bad.any():
+                row, column = np.argwhere(bad)[0]
+                faults.append(
+                    f"{bag.name}: {topic}: {pick[signal].names[column]} is {values[signal][row, column]} at "
+                    f"t+{(chosen[row] - chosen[0]) / 1e9:.3f} s ({bad.any(1).sum()} messages have such a value); "
+                    "expected finite numbers; cut the recording or leave this joint out"
+                )
+        series[topic] = Series(msgtypes[topic], chosen, clock, values, {s: pick[s].names for s in values})
+    if faults:
+        raise Fault(*faults)
+    return series
+
+
+def _clock(receive: np.ndarray, header: np.ndarray) -> str:
+    """Header stamps where all of them can be trusted, else receive stamps and why."""
+    if not header.all():
+        return "receive (no header stamp)" if not header.any() else "receive (some header stamps are zero)"
+    if np.any(np.diff(header) < 0):
+        return "receive (header stamps run backwards)"
+    skew = int(np.abs(header - receive).max())
+    return "header" if skew < MAX_SKEW_NS else f"receive (header stamps are up to {skew / 1e9:.2f} s off)"
+
+
+class _Picker:
+    """From a message to the numbers (K,) of one signal, remembering their names and where they stand."""
+
+    def __init__(self, signal: Signal) -> None:
+        self.signal = signal
+        self.names: tuple[str, ...] = ()
+        self.order: np.ndarray | None = None
+        self.order_of: list[str] | None = None
+
+    def __call__(self, message: Message) -> np.ndarray:
+        signal, content = self.signal, message.content
+        field = signal.field or self._usual_field(message)
+        numbers, leaves = _numbers(_follow(content, field, message.place), field, message.place)
+        named = list(getattr(content, "name", None) or getattr(content, "joint_names", None) or [])
+        if message.msgtype in (JOINT_STATE, TRAJECTORY):
+            leaves = named or leaves
+        elif signal.joints:
+            raise Fault(
+                f"{message.place}: `joints` needs a {JOINT_STATE} or {TRAJECTORY}, this is a {message.msgtype}; use `index`"
+            )
+        if signal.joints:
+            if self.order is None or named != self.order_of:  # any message may bring another order
+                self._find_joints(named, message.place)
+            if len(numbers) != len(named):
+                raise Fault(
+                    f"{message.place}: {field} has {len(numbers)} values for {len(named)} joint names; "
+                    "expected one each; choose another `field`"
+                )
+            self.names = tuple(
+                signal.joints
+                if field in ("position", "points.0.positions")
+                else (f"{joint}.{field.split('.')[-1]}" for joint in signal.joints)
+            )
+            return numbers[self.order]
+        if named and message.msgtype in (JOINT_STATE, TRAJECTORY):
+            raise Fault(
+                f"{message.place}: say which joints to take, and in which order, by `joints`; there are: {', '.join(named)}"
+            )
+        if signal.index:
+            if max(signal.index) >= len(numbers):
+                raise Fault(
+                    f"{message.place}: index {max(signal.index)} is beyond the {len(numbers)} numbers of {field}"
+                )
+            self.order = np.array(signal.index)
+        elif message.msgtype in (JOINT_STATE, TRAJECTORY):
+            raise Fault(
+                f"{message.place}: name[] is empty; if the order of the {len(numbers)} joints is known, "
+                f"take them by place: index: {list(range(len(numbers)))}"
+            )
+        else:
+            self.order = np.arange(len(numbers))
+        self.names = tuple(f"{signal.topic}.{leaves[i]}" for i in self.order)
+        return numbers[self.order]
+
+    def _usual_field(self, message: Message) -> str:
+        if message.msgtype.startswith("std_msgs/"):
+            return "data"
+        usual = {JOINT_STATE: "position", TRAJECTORY: "points.0.positions"}.get(message.msgtype)
+        if usual is None:
+            there = ", ".join(
+                f.name for f in dataclasses.fields(message.content) if f.name not in ("header", "__msgtype__")
+            )
+            raise Fault(
+                f"{message.place}: say which numbers of a {message.msgtype} to take by `field`; there are: {there}"
+            )
+        return usual
+
+    def _find_joints(self, named: list[str], place: str) -> None:
+        missing = [joint for joint in self.signal.joints if joint not in named]
+        if not named:
+            raise Fault(
+                f"{place}: name[] is empty, so the joints {', '.join(self.signal.joints)} cannot be found; "
+                "if their order is known, take them by place with `index` in place of `joints`"
+            )
+        if missing:
+            raise Fault(f"{place}: no joint {', '.join(missing)}; joints that are there: {', '.join(named)}")
+        self.order = np.array([named.index(joint) for joint in self.signal.joints])
+        self.order_of = named
+
+
+def _follow(content: Any, field: str, place: str) -> Any:
+    """What stands at a dotted path such as pose.position or points.0.positions."""
+    for step in field.split("."):
+        try:
+            content = content[int(step)] if step.isdigit() else getattr(content, step)
+        except (AttributeError, IndexError, TypeError):
+            there = [f.name for f in dataclasses.fields(content)] if dataclasses.is_dataclass(content) else []
+            there = [name for name in there if name != "__msgtype__"]
+            raise Fault(
+                f"{place}: field {field}: there is no {step}; there are: {', '.join(there) or f'{len(content)} elements'}"
+            ) from None
+    return content
+
+
+def _numbers(content: Any, path: str, place: str) -> tuple[np.ndarray, list[str]]:
+    """All numbers below a field, in the order of the definition, and their dotted names."""
+    if isinstance(content, (bool, int, float, np.number, np.bool_)):
+        return np.array([content], np.float64), [path]
+    if isinstance(content, np.ndarray) and content.dtype.kind in "iufb":
+        return content.astype(np.float64), [f"{path}[{i}]" for i in range(len(content))]
+    if dataclasses.is_dataclass(content):
+        parts = [
+            _numbers(getattr(content, f.name), f"{path}.{f.name}", place)
+            for f in dataclasses.fields(content)
+            if f.name != "__msgtype__"
+        ]
+        return np.concatenate([numbers for numbers, _ in parts]), [name for _, names in parts for name in names]
+    raise Fault(f"{place}: field {path} is a {type(content).__name__}; expected numbers")

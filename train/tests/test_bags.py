@@ -1,0 +1,351 @@
+"""Reading recordings: every storage the same numbers, every fault one clear message."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from recordings import (
+    CAMERA,
+    COMMAND,
+    JOINTS,
+    KINDS,
+    MS,
+    START,
+    STATE,
+    Timed,
+    episode,
+    image,
+    joint_state,
+    jpeg,
+    make,
+    picture,
+    write,
+)
+
+import images
+from bags import Bag, find_bags, read_messages
+from config import Fault, Signal
+from signals import read_series
+
+SHARED = Path(__file__).parents[3] / "shared/bags"
+JOINT_SIGNAL = Signal(STATE, JOINTS)
+
+
+def only(path: Path) -> Bag:
+    (bag,) = find_bags(path)
+    return bag
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_storage_gives_the_same_numbers(tmp_path: Path, kind: str) -> None:
+    path = write(tmp_path / "bag", episode(ros1=kind.startswith("ros1")), kind)
+    series = read_series(
+        only(path), [JOINT_SIGNAL, Signal(STATE, ("c",), field="velocity"), Signal(COMMAND, ("b",))], [CAMERA]
+    )
+    expected = np.sin(np.arange(101)[:, None] / 50 + np.arange(3))
+    joints = series[STATE]
+    assert np.array_equal(joints.values[JOINT_SIGNAL], expected), "by name, whatever the order in the message"
+    assert np.array_equal(joints.values[Signal(STATE, ("c",), field="velocity")], expected[:, 2:] * 2)
+    assert np.array_equal(joints.stamps, START + np.arange(101) * 10 * MS) and joints.clock == "header"
+    assert len(series[CAMERA].stamps) == 31 and len(series[COMMAND].stamps) == 51
+    assert joints.names[JOINT_SIGNAL] == JOINTS
+
+
+def test_a_split_recording_and_bare_files(tmp_path: Path) -> None:
+    messages = episode(2.0)
+    half = len(messages) // 2
+    parts = [write(tmp_path / f"part{i}", some) for i, some in enumerate((messages[:half], messages[half:]))]
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    for i, part in enumerate(parts):
+        shutil.copy(next(part.glob("*.mcap")), whole / f"whole_{i}.mcap")
+    assert [bag.name for bag in find_bags(whole)] == ["whole_0.mcap", "whole_1.mcap"], (
+        "without metadata.yaml each is a recording"
+    )
+    counts = {topic: sum(message[0] == topic for message in messages) for topic in (STATE, COMMAND, CAMERA)}
+    topics = "".join(
+        f"  - topic_metadata: {{name: {topic}, type: x, serialization_format: cdr}}\n    message_count: {count}\n"
+        for topic, count in counts.items()
+    )
+    (whole / "metadata.yaml").write_text(
+        "rosbag2_bagfile_information:\n  relative_file_paths: [whole_0.mcap, whole_1.mcap]\n"
+        f"  topics_with_message_count:\n{topics}".replace("\n  - ", "\n    - ").replace(
+            "\n    message", "\n      message"
+        )
+    )
+    series = read_series(only(whole), [JOINT_SIGNAL], [])
+    assert len(series[STATE].stamps) == 201 and np.all(np.diff(series[STATE].stamps) == 10 * MS)
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="the recordings of others are not here")
+@pytest.mark.parametrize(
+    ("path", "topics", "count"),
+    [
+        ("ros2-rosbag2/mcap/talker", ["/topic", "/rosout"], 20),
+        ("ros2-rosbag2/sqlite3/talker", ["/topic", "/rosout"], 20),
+        ("ros2-rosbag2/mcap/convert_a", ["a_empty", "b_basictypes"], 150),
+        ("ros2-rosbag2/mcap/convert_b", ["a_empty", "c_strings"], 75),
+        ("ros2-rosbag2/sqlite3/wbag", list(map(str.__mul__, "ABCDEFGH", [3] * 8)), 6074),
+        ("cruise-automation-rosbagjs/example-lz4.bag", ["/turtle1/pose"], 1344),
+    ],
+)
+def test_topics_that_other_readers_drop_in_silence(path: str, topics: list[str], count: int) -> None:
+    assert sum(1 for _ in read_messages(only(SHARED / path), topics)) == count
+
+
+def test_other_messages_as_state(tmp_path: Path) -> None:
+    trajectory_point = make(
+        "trajectory_msgs/msg/JointTrajectoryPoint",
+        positions=np.array([1.0, 2.0, 3.0]),
+        velocities=np.zeros(0),
+        accelerations=np.zeros(0),
+        effort=np.zeros(0),
+        time_from_start=make("builtin_interfaces/msg/Duration", sec=0, nanosec=0),
+    )
+    trajectory = make(
+        "trajectory_msgs/msg/JointTrajectory", stamp=START, joint_names=["b", "a", "c"], points=[trajectory_point]
+    )
+    layout = make("std_msgs/msg/MultiArrayLayout", dim=[], data_offset=0)
+    pose = make(
+        "geometry_msgs/msg/PoseStamped",
+        stamp=START,
+        pose=make(
+            "geometry_msgs/msg/Pose",
+            position=make("geometry_msgs/msg/Point", x=1.0, y=2.0, z=3.0),
+            orientation=make("geometry_msgs/msg/Quaternion", x=0.0, y=0.0, z=0.0, w=1.0),
+        ),
+    )
+    path = write(
+        tmp_path / "bag",
+        [
+            ("/t", "trajectory_msgs/msg/JointTrajectory", START, trajectory),
+            (
+                "/array",
+                "std_msgs/msg/Float64MultiArray",
+                START,
+                make("std_msgs/msg/Float64MultiArray", layout=layout, data=np.array([5.0, 6.0, 7.0])),
+            ),
+            ("/grip", "std_msgs/msg/Bool", START, make("std_msgs/msg/Bool", data=True)),
+            ("/pose", "geometry_msgs/msg/PoseStamped", START, pose),
+        ],
+    )
+    signals = [
+        Signal("/t", ("a", "b")),
+        Signal("/array", index=(2, 0)),
+        Signal("/grip"),
+        Signal("/pose", field="pose.position"),
+    ]
+    series = read_series(only(path), signals, [])
+    assert [series[s.topic].values[s][0].tolist() for s in signals] == [[2.0, 1.0], [7.0, 5.0], [1.0], [1.0, 2.0, 3.0]]
+    assert series["/pose"].names[signals[3]][0] == "/pose.pose.position.x"
+
+
+def broken(change: str, folder: Path) -> Path:
+    """A recording with one fault."""
+    messages = episode(0.3)
+    if change == "no topic":
+        messages = [message for message in messages if message[0] != STATE]
+    if change == "no joint":
+        messages = [(t, k, r, joint_state(r, [1, 2], "ab") if t == STATE else c) for t, k, r, c in messages]
+    if change == "no names":
+        messages = [(t, k, r, joint_state(r, [1, 2, 3], []) if t == STATE else c) for t, k, r, c in messages]
+    if change == "nan":
+        messages = [
+            (t, k, r, joint_state(r, [1, np.nan, 3]) if t == STATE and r > START + 100 * MS else c)
+            for t, k, r, c in messages
+        ]
+    if change == "short position":
+        messages = [
+            (
+                t,
+                k,
+                r,
+                make(
+                    "sensor_msgs/msg/JointState",
+                    stamp=r,
+                    name=list("abc"),
+                    position=np.zeros(2),
+                    velocity=np.zeros(0),
+                    effort=np.zeros(0),
+                )
+                if t == STATE
+                else c,
+            )
+            for t, k, r, c in messages
+        ]
+    if change == "not a picture":
+        messages = [
+            (
+                t,
+                "std_msgs/msg/Bool" if t == CAMERA else k,
+                r,
+                make("std_msgs/msg/Bool", data=True) if t == CAMERA else c,
+            )
+            for t, k, r, c in messages
+        ]
+    kind = {"cut db3": "sqlite", "wal": "sqlite", "cut bag": "ros1", "cut zstd": "sqlite-zstd-file"}.get(change, "mcap")
+    if kind == "ros1":
+        messages = episode(0.3, ros1=True)
+    path = write(folder / "bag", messages, kind)
+    file = path if path.is_file() else next(file for file in path.iterdir() if file.name != "metadata.yaml")
+    if change.startswith("cut"):
+        file.write_bytes(file.read_bytes()[: int(file.stat().st_size * 0.6)])
+    if change == "empty":
+        file.write_bytes(b"")
+    if change == "wal":
+        file.with_name(file.name + "-wal").write_bytes(b"x")
+    if change == "missing file":
+        file.rename(folder / "elsewhere")
+    if change == "half metadata":
+        (path / "metadata.yaml").write_text((path / "metadata.yaml").read_text()[:120])
+    if change == "lying metadata":
+        text = (path / "metadata.yaml").read_text()
+        (path / "metadata.yaml").write_text(text.replace("message_count: 31", "message_count: 5"))
+    if change == "packed":
+        file.rename(folder / "bag.mcap.zst")
+        shutil.rmtree(path)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("no topic", [STATE, "no such topic", f"{CAMERA} (sensor_msgs/msg/CompressedImage)"]),
+        ("no joint", [STATE, "no joint c", "there: a, b"]),
+        ("no names", [STATE, "name[] is empty", "index"]),
+        ("nan", [STATE, "b is nan", "t+0.101 s", "21 messages"]),
+        ("short position", [STATE, "2 values for 3 joint names"]),
+        ("not a picture", [CAMERA, "std_msgs/msg/Bool", "CompressedImage"]),
+        ("cut mcap", ["bag.mcap", "cannot be opened", "mcap recover"]),
+        ("cut db3", ["bag.db3", ".recover"]),
+        ("cut bag", ["bag.bag", "rosbag reindex"]),
+        ("cut zstd", ["bag.db3.zstd", "cannot be unpacked"]),
+        ("empty", ["bag.mcap", "0 bytes"]),
+        ("wal", ["bag.db3-wal", "wal_checkpoint"]),
+        ("missing file", ["metadata.yaml", "bag.mcap", "not there"]),
+        ("half metadata", ["metadata.yaml", "is broken", "reindex"]),
+        ("lying metadata", [STATE, "31 messages read", "declares 5"]),
+        ("packed", ["bag.mcap.zst", "zstd -d"]),
+    ],
+)
+def test_a_broken_recording_gets_one_clear_message(tmp_path: Path, change: str, words: list[str]) -> None:
+    with pytest.raises(Fault) as caught:
+        for bag in find_bags(broken(change, tmp_path)):
+            read_series(bag, [JOINT_SIGNAL], [CAMERA])
+    assert len(caught.value.args) == 1
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_stamps_that_cannot_be_trusted(tmp_path: Path) -> None:
+    def clock(name: str, stamps: list[int]) -> str:
+        messages: list[Timed] = [
+            (STATE, "sensor_msgs/msg/JointState", START + i * MS, joint_state(s, [1, 2, 3]))
+            for i, s in enumerate(stamps)
+        ]
+        return read_series(only(write(tmp_path / name, messages)), [JOINT_SIGNAL], [])[STATE].clock
+
+    assert clock("good", [START - MS, START]) == "header"
+    assert clock("zero", [0, 0]) == "receive (no header stamp)"
+    assert "backwards" in clock("unsorted", [START, START - MS])
+    assert "1.20 s off" in clock("late", [START - 1200 * MS, START])
+
+
+PIXELS = picture(3)
+GREY = PIXELS[..., :1]
+UYVY = np.stack([np.full((48, 64), 128), np.arange(64)[None].repeat(48, 0)], axis=2).astype(np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("encoding", "data", "expected"),
+    [
+        ("rgb8", PIXELS, PIXELS),
+        ("bgr8", PIXELS[..., ::-1], PIXELS),
+        ("mono8", GREY, GREY.repeat(3, 2)),
+        ("rgba8", np.dstack([PIXELS, GREY]), PIXELS),
+        ("bgra8", np.dstack([PIXELS[..., ::-1], GREY]), PIXELS),
+    ],
+)
+@pytest.mark.parametrize("pad", [0, 5])
+def test_every_encoding_gives_the_same_picture(encoding: str, data: np.ndarray, expected: np.ndarray, pad: int) -> None:
+    assert np.array_equal(images.to_rgb(image(START, data, encoding, pad), "here"), expected)
+
+
+def test_bayer_yuv_and_jpeg_keep_their_colours() -> None:
+    red = np.zeros((48, 64, 1), np.uint8)
+    red[::2, ::2] = 200  # an RGGB mosaic of a red scene
+    rgb = images.to_rgb(image(START, red, "bayer_rggb8"), "here")[10:-10, 10:-10]
+    assert rgb[..., 0].min() > 150 > 50 > rgb[..., 1:].max()
+    grey = images.to_rgb(image(START, UYVY, "yuv422"), "here")
+    assert np.ptp(grey, axis=2).max() == 0 and np.all(np.diff(grey[0, 16:, 0].astype(int)) >= 0)
+    assert np.abs(images.to_rgb(jpeg(START, PIXELS), "here").astype(int) - PIXELS).mean() < 8
+
+
+@pytest.mark.parametrize(
+    ("message", "words"),
+    [
+        (image(START, PIXELS, step=100), ["step 100", "at least 192"]),
+        (image(START, PIXELS, "rgb16"), ["'rgb16'", "bgr8"]),
+        (image(START, PIXELS[..., :2], "16UC1"), ["16UC1", "colour camera"]),
+        (image(START, PIXELS, height=50), ["64x50"]),
+        (
+            make(
+                "sensor_msgs/msg/CompressedImage",
+                stamp=START,
+                format="32FC1; compressedDepth",
+                data=np.ones(9, np.uint8),
+            ),
+            ["depth"],
+        ),
+        (
+            make("sensor_msgs/msg/CompressedImage", stamp=START, format="jpeg", data=jpeg(START, PIXELS).data[:400]),
+            ["400 bytes", "do not decode"],
+        ),
+        (make("sensor_msgs/msg/CompressedImage", stamp=START, format="jpeg", data=np.zeros(0, np.uint8)), ["0 bytes"]),
+    ],
+)
+def test_a_broken_picture_gets_one_clear_message(message: object, words: list[str]) -> None:
+    with pytest.raises(Fault) as caught:
+        images.to_rgb(message, "bag: /camera: message 7 at t+0.200 s")
+    assert all(word in str(caught.value) for word in ["message 7", *words]), str(caught.value)
+
+
+def test_memory_does_not_grow_with_recordings(tmp_path: Path) -> None:
+    """Two recordings of 200 MB of raw pictures each are cached in far less than that, the second in no more than the first."""
+    for name in "pq":
+        stamps = [START + i * 33 * MS for i in range(220)]
+        write(
+            tmp_path / "bags" / name,
+            [
+                message
+                for i, t in enumerate(stamps)
+                for message in (
+                    (STATE, "sensor_msgs/msg/JointState", t, joint_state(t, [1, 2, i])),
+                    (CAMERA, "sensor_msgs/msg/Image", t, image(t, picture(i, 480, 640))),
+                )
+            ],
+        )
+    code = f"""
+import resource
+import dataset
+from config import load
+peaks = []
+def peak():
+    peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+real = dataset._cache_recording
+def measured(*arguments):
+    real(*arguments)
+    peak()
+dataset._cache_recording = measured
+peak()
+dataset.load_dataset(load(None, ["data.bag_dir={tmp_path}/bags", "data.cache_dir={tmp_path}/cache", "data.cameras={{color: {CAMERA}}}",
+                                 "data.image_size=[48, 64]", "data.state=[{{topic: {STATE}, joints: [a, b, c]}}]"]))
+print(*peaks)
+"""
+    output = subprocess.run(
+        [sys.executable, "-c", code], cwd=Path(images.__file__).parent, capture_output=True, text=True, check=True
+    )
+    before, first, second = map(int, output.stdout.split())
+    assert first - before < 150 and second - first < 30 and second < 700, f"{output.stdout} MB"
