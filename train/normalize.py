@@ -1,0 +1,64 @@
+"""Mean and standard deviation, applied on the device: LeRobot's MEAN_STD, forwards (x - mean) / (std + 1e-8), back x * std + mean.
+
+State and action by the training recordings; pictures by ImageNet's statistics, which the pretrained backbone expects.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+EPS = 1e-8
+STD_FLOOR = 1e-2  # a joint that never moves must not explode (as in the original ACT)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class Moments(NamedTuple):
+    """Mean and standard deviation of one feature: (S,), (A,) or, of a camera, (3, 1, 1)."""
+
+    mean: Tensor
+    std: Tensor
+
+    def normalize(self, x: Tensor) -> Tensor:
+        return (x - self.mean) / (self.std + EPS)
+
+    def unnormalize(self, x: Tensor) -> Tensor:
+        return x * self.std + self.mean
+
+    def to(self, device: torch.device) -> Moments:
+        return Moments(self.mean.to(device), self.std.to(device))
+
+
+def moments(rows: np.ndarray) -> Moments:
+    """Of (N, K) numbers, over N; the deviation floored."""
+    std = rows.std(axis=0, dtype=np.float64).clip(STD_FLOOR)
+    return Moments(
+        torch.tensor(rows.mean(axis=0, dtype=np.float64), dtype=torch.float32), torch.tensor(std, dtype=torch.float32)
+    )
+
+
+def imagenet() -> Moments:
+    """Of every camera."""
+    return Moments(torch.tensor(IMAGENET_MEAN).view(3, 1, 1), torch.tensor(IMAGENET_STD).view(3, 1, 1))
+
+
+class Normalizer(NamedTuple):
+    """Of all that goes into the network and comes out of it."""
+
+    state: Moments
+    action: Moments
+    cameras: dict[str, Moments]  # in the order of the network's input
+
+    def to(self, device: torch.device) -> Normalizer:
+        cameras = {name: one.to(device) for name, one in self.cameras.items()}
+        return Normalizer(self.state.to(device), self.action.to(device), cameras)
+
+    def images(self, pixels: Tensor | None) -> Tensor | None:
+        """(B, C, H, W, 3) uint8 as (B, C, 3, H, W) float, normalised; memory stays channels-last. None stays None."""
+        if pixels is None:
+            return None
+        mean, std = (torch.stack([one[i].view(3) for one in self.cameras.values()])[:, None, None, :] for i in (0, 1))
+        return ((pixels.float() / 255 - mean) / (std + EPS)).permute(0, 1, 4, 2, 3)

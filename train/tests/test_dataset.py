@@ -1,0 +1,208 @@
+"""From recordings to samples: the grid, the actions, the cache, the split, the batches."""
+
+import itertools
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from recordings import CAMERA, COMMAND, MS, START, STATE, Timed, episode, image, joint_state, picture, write
+
+import dataset
+from bags import find_bags
+from config import Config, Fault, load
+from dataset import Dataset, batches, load_dataset
+from episodes import Recording, read_recording
+
+
+def configured(folder: Path, *overrides: str) -> Config:
+    return load(
+        None,
+        [
+            f"data.bag_dir={folder}/bags",
+            f"data.cache_dir={folder}/cache",
+            f"output_dir={folder}/run",
+            "data.fps=20",
+            f"data.state=[{{topic: {STATE}, joints: [a, b, c]}}]",
+            f"data.cameras={{color: {CAMERA}}}",
+            "data.image_size=[48, 64]",
+            "model.chunk_size=10",
+            "model.n_action_steps=5",
+            "training.batch_size=4",
+            "training.steps=12",
+            "data.validation_fraction=0.34",
+            *overrides,
+        ],
+    )
+
+
+def recorded(folder: Path, count: int = 3) -> Path:
+    for i in range(count):
+        write(folder / "bags" / f"episode_{i}", episode(1.0, seed=i))
+    return folder
+
+
+def only_recording(folder: Path, *overrides: str) -> Recording:
+    config = configured(folder, *overrides)
+    (bag,) = find_bags(config.data.bag_dir)
+    return read_recording(bag, config.data)
+
+
+def test_each_tick_holds_the_newest_message_not_after_it(tmp_path: Path) -> None:
+    write(tmp_path / "bags/one", episode())
+    (one,) = only_recording(tmp_path).episodes
+    ticks = 5 * MS + np.arange(len(one.state) + 1) * 50 * MS  # the camera comes last, 5 ms after the joints
+    newest = ticks // (10 * MS)
+    expected = np.sin(newest[:, None] / 50 + np.arange(3))
+    assert np.allclose(one.state, expected[:-1]) and np.allclose(one.action, expected[1:]), (
+        "the action is the state one tick later"
+    )
+    assert np.array_equal(one.frames["color"], (ticks[:-1] - 5 * MS) // (33 * MS)), "never a frame of the future"
+
+
+def test_commands_and_deltas(tmp_path: Path) -> None:
+    write(tmp_path / "bags/one", episode())
+    command = f"data.action.from=[{{topic: {COMMAND}, joints: [a, b, c]}}]"
+    (absolute,) = only_recording(tmp_path, command).episodes
+    (delta,) = only_recording(tmp_path, command, "data.action.as=delta").episodes
+    (steps,) = only_recording(tmp_path, "data.action.as=delta").episodes
+    i = (5 * MS + np.arange(len(absolute.state)) * 50 * MS) // (20 * MS) * 2
+    assert np.allclose(absolute.action, np.sin(i[:, None] / 50 + np.arange(3)) + 0.1)
+    assert np.allclose(delta.action, absolute.action - absolute.state, atol=1e-6)
+    assert np.allclose(np.cumsum(steps.action, axis=0)[:-1] + steps.state[0], steps.state[1:], atol=1e-5)
+    with pytest.raises(Fault, match=r"as many commands as states; found 2 \(a, b\) for 3"):
+        only_recording(tmp_path, f"data.action.from=[{{topic: {COMMAND}, joints: [a, b]}}]", "data.action.as=delta")
+
+
+def test_a_gap_splits_the_episode(tmp_path: Path) -> None:
+    silent = [m for m in episode(2.0) if m[0] != CAMERA or not START + 800 * MS < m[2] < START + 1300 * MS]
+    write(tmp_path / "bags/one", silent)
+    found = only_recording(tmp_path)
+    assert len(found.episodes) == 2 and "silent for more than 82 ms 1 times" in found.notes[0]
+    assert len(only_recording(tmp_path, f"data.max_age_ms={{{CAMERA}: 600}}").episodes) == 1
+    lost = [m for i, m in enumerate(episode(2.0, camera=False)) if i != 40]
+    write(tmp_path / "other/bags/one", lost)
+    assert len(only_recording(tmp_path / "other", "data.cameras={}").episodes) == 1, "one lost message is bridged"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("short", ["one", "at least two ticks", "20 Hz"]),
+        ("apart", ["share no time", CAMERA, "t+5."]),
+    ],
+)
+def test_recordings_without_an_episode(tmp_path: Path, change: str, words: list[str]) -> None:
+    messages = (
+        episode(0.04)
+        if change == "short"
+        else episode(camera=False) + [m for m in episode(start=START + 5000 * MS) if m[0] == CAMERA]
+    )
+    write(tmp_path / "bags/one", messages)
+    with pytest.raises(Fault) as caught:
+        only_recording(tmp_path)
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_batches_follow_the_recordings(tmp_path: Path) -> None:
+    data = load_dataset(config := configured(recorded(tmp_path)))
+    assert len(data.train.names) == 2 and len(data.validation.names) == 1, "whole recordings"
+    seen = []
+    for batch in batches(data.train, config, 0):
+        assert batch.images is not None
+        for b in range(4):
+            (tick,) = map(int, np.flatnonzero((data.train.state == batch.state[b].numpy()).all(1)))
+            seen.append(tick)
+            end = int(data.train.end[tick])
+            real = min(end - tick, 10)
+            assert batch.action_is_pad[b].tolist() == [False] * real + [True] * (10 - real)
+            assert np.array_equal(batch.action[b, :real], data.train.action[tick : tick + real])
+            assert np.array_equal(batch.action[b, real:], data.train.action[end - 1 : end].repeat(10 - real, 0)), (
+                "never the next episode's"
+            )
+            seed = int(data.train.names[0 if tick < data.train.lengths[0] else 1][-1])
+            frame = (tick - (0 if tick < data.train.lengths[0] else data.train.lengths[0])) * 50 // 33
+            assert np.abs(batch.images[b, 0].numpy().astype(int) - picture(frame + seed)).mean() < 8, (
+                "the picture of that tick"
+            )
+    assert len(set(seen[: len(data.train.state)])) == len(data.train.state), "every sample once an epoch"
+    late = next(iter(batches(data.train, config, 7)))
+    assert late.state.equal(next(itertools.islice(batches(data.train, config, 0), 7, None)).state), (
+        "the order needs only the step"
+    )
+
+
+def test_statistics_are_those_of_the_training_recordings(tmp_path: Path) -> None:
+    data = load_dataset(configured(recorded(tmp_path)))
+    normalizer = data.normalizer()
+    assert np.allclose(normalizer.state.mean, data.train.state.mean(0), atol=1e-6)
+    assert np.allclose(normalizer.action.std, data.train.action.std(0), atol=1e-6)
+    still: list[Timed] = [(t, k, r, joint_state(r, [1, 2, 3]) if t == STATE else c) for t, k, r, c in episode()]
+    write(tmp_path / "still/bags/one", still)
+    assert load_dataset(configured(tmp_path / "still")).normalizer().state.std.tolist() == pytest.approx([1e-2] * 3), (
+        "floored"
+    )
+
+
+def test_a_second_run_reads_no_bag_and_a_new_bag_is_read_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = load_dataset(configured(recorded(tmp_path)))
+    for file in (tmp_path / "bags").rglob("*.mcap"):  # the same size and time, and nothing left to read
+        stat = file.stat()
+        file.write_bytes(bytes(stat.st_size))
+        os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    write(tmp_path / "bags/episode_9", episode(seed=9))
+    again = load_dataset(configured(tmp_path))
+    states = {
+        name: rows
+        for data in (first, again)
+        for split in (data.train, data.validation)
+        for name, rows in by_recording(split).items()
+    }
+    assert set(states) == {f"episode_{i}" for i in (0, 1, 2, 9)}
+    with pytest.raises(Fault, match="cannot be opened"):
+        load_dataset(configured(tmp_path, "data.fps=10"))
+
+
+def by_recording(split: dataset.Split) -> dict[str, np.ndarray]:
+    return dict(zip(split.names, np.split(split.state, np.cumsum(split.lengths)[:-1]), strict=True))
+
+
+def test_all_faults_of_all_recordings_come_at_once(tmp_path: Path) -> None:
+    recorded(tmp_path)
+    write(tmp_path / "bags/no_camera", episode(camera=False))
+    next((tmp_path / "bags/episode_1").glob("*.mcap")).write_bytes(b"x")
+    wrong = [
+        (t, "sensor_msgs/msg/Image" if t == CAMERA else k, r, image(r, picture(0), step=7) if t == CAMERA else c)
+        for t, k, r, c in episode()
+    ]
+    write(tmp_path / "bags/wrong_step", wrong)
+    with pytest.raises(Fault) as caught:
+        load_dataset(configured(tmp_path))
+    assert [any(name in line for line in caught.value.args) for name in ("no_camera", "episode_1", "wrong_step")] == [
+        True
+    ] * 3
+    assert len(caught.value.args) == 3
+    assert not [path for path in (tmp_path / "cache").iterdir() if path.name.startswith(".")], "nothing half made stays"
+
+
+def test_a_picture_that_changes_its_size(tmp_path: Path) -> None:
+    messages = [
+        (
+            t,
+            "sensor_msgs/msg/Image" if t == CAMERA else k,
+            r,
+            image(r, picture(0, 48 if r < START + 500 * MS else 96)) if t == CAMERA else c,
+        )
+        for t, k, r, c in episode()
+    ]
+    write(tmp_path / "bags/one", messages)
+    with pytest.raises(Fault, match="is 64x96, the pictures before it 64x48"):
+        load_dataset(configured(tmp_path))
+
+
+def test_joints_without_names_are_taken_by_place(tmp_path: Path) -> None:
+    messages = [(t, k, r, joint_state(r, [1, 2, 3], []) if t == STATE else c) for t, k, r, c in episode()]
+    write(tmp_path / "bags/one", messages)
+    data: Dataset = load_dataset(configured(tmp_path, f"data.state=[{{topic: {STATE}, index: [2, 0]}}]"))
+    assert data.train.state[0].tolist() == [3.0, 1.0]
+    assert data.state_names == (f"{STATE}.position[2]", f"{STATE}.position[0]")
