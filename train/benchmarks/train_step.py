@@ -1,0 +1,136 @@
+"""One training step, ours against LeRobot's, in turn on the same batch: run it in a LeRobot environment's Python.
+
+python benchmarks/train_step.py            all sizes, ten rounds each
+python benchmarks/train_step.py 20         twenty rounds
+
+Ours is the whole step of train.py, from uint8 images on. LeRobot's is ACTPolicy.forward, backward, clipping and
+its own optimizer; its images come as normalised floats, at no cost to it. Each time is the best of its rounds, for
+a shared machine only ever adds to a time; the ratio is to LeRobot in fp32, its default.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+sys.path.extend(str(Path(__file__).parents[1] / folder) for folder in ("", "tests"))
+from lerobot_side import ACTConfig, ACTPolicy, FeatureType, PolicyFeature
+
+from act_model import ACT, act_loss
+from config import Model, Training
+from normalize import Moments, Normalizer, imagenet
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BATCH, STATE, ACTION = 8, 14, 14
+SIZES = [(1, 224, 224), (2, 240, 320), (1, 480, 640)]  # cameras, height, width
+Step = Callable[[bool], None]  # in bf16 or not
+
+
+def main() -> None:
+    rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 10
+    torch.set_num_threads(2)
+    print(f"torch {torch.__version__}, {DEVICE}, batch {BATCH}, best of {rounds} rounds\n")
+    print(f"{'images':>12} {'precision':>10} {'LeRobot ms':>11} {'ours ms':>8} {'ratio':>6}")
+    for cameras, height, width in SIZES:
+        torch.manual_seed(0)
+        batch = {
+            "images": torch.randint(256, (BATCH, cameras, height, width, 3), dtype=torch.uint8, device=DEVICE),
+            "state": torch.randn(BATCH, STATE, device=DEVICE),
+            "action": torch.randn(BATCH, Model().chunk_size, ACTION, device=DEVICE),
+            "action_is_pad": torch.zeros(BATCH, Model().chunk_size, dtype=torch.bool, device=DEVICE),
+        }
+        ours, theirs = our_step(batch), lerobot_step(batch)
+        best: dict[tuple[Step, bool], float] = {}
+        for _ in range(rounds):
+            for bf16 in (False, True):
+                for step in (theirs, ours):
+                    # Our default: on a CPU without AMX still true fp32, but through the faster library.
+                    torch.set_float32_matmul_precision(Training().matmul_precision if step is ours else "highest")
+                    best[step, bf16] = min(best.get((step, bf16), float("inf")), seconds(step, bf16))
+        for bf16 in (False, True):
+            print(
+                f"{f'{cameras} x {height}x{width}':>12} {'bf16' if bf16 else 'fp32':>10} {best[theirs, bf16] * 1e3:11.0f} "
+                f"{best[ours, bf16] * 1e3:8.0f} {best[theirs, False] / best[ours, bf16]:6.2f}",
+                flush=True,
+            )
+
+
+def our_step(batch: dict[str, torch.Tensor]) -> Step:
+    """A step as train.py makes it."""
+    config = Model()
+    model = ACT(config, STATE, ACTION, batch["images"].shape[1])
+    model.to(DEVICE, memory_format=torch.channels_last).train()  # type: ignore[call-overload]  # its stubs lack it
+    backbone = list(model.backbone.parameters())
+    others = [p for name, p in model.named_parameters() if not name.startswith("backbone.")]
+    optimizer = torch.optim.AdamW([{"params": others}, {"params": backbone}], lr=1e-5, weight_decay=1e-4, fused=True)
+    normalizer = normalizer_of(batch)
+
+    def step(bf16: bool) -> None:
+        state, action = normalizer.state.normalize(batch["state"]), normalizer.action.normalize(batch["action"])
+        images = normalizer.images(batch["images"])
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=bf16):
+            output = model(state, images, action, batch["action_is_pad"])
+        loss, _, _ = act_loss(output, action, batch["action_is_pad"], config.kl_weight)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 10.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def lerobot_step(batch: dict[str, torch.Tensor]) -> Step:
+    """LeRobot's step, on float images that are normalised beforehand."""
+    images = normalizer_of(batch).images(batch["images"])
+    assert images is not None
+    cameras = {f"observation.images.{i}": image.contiguous() for i, image in enumerate(images.unbind(1))}
+    config = ACTConfig(
+        input_features={
+            "observation.state": PolicyFeature(FeatureType.STATE, (STATE,)),
+            **{name: PolicyFeature(FeatureType.VISUAL, tuple(image.shape[1:])) for name, image in cameras.items()},
+        },
+        output_features={"action": PolicyFeature(FeatureType.ACTION, (ACTION,))},
+        device=DEVICE,
+        pretrained_backbone_weights=None,
+    )
+    policy = ACTPolicy(config).to(DEVICE).train()
+    optimizer = config.get_optimizer_preset().build(policy.get_optim_params())
+    inputs = {
+        "observation.state": batch["state"],
+        "action": batch["action"],
+        "action_is_pad": batch["action_is_pad"],
+        **cameras,
+    }
+
+    def step(bf16: bool) -> None:
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=bf16):
+            loss, _ = policy(inputs)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), 10.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def normalizer_of(batch: dict[str, torch.Tensor]) -> Normalizer:
+    """ImageNet's statistics for each camera; state and action are normal already."""
+    state, action = (Moments(torch.zeros(n), torch.ones(n)) for n in (STATE, ACTION))
+    cameras = {str(i): imagenet() for i in range(batch["images"].shape[1])}
+    return Normalizer(state, action, cameras).to(torch.device(DEVICE))
+
+
+def seconds(step: Step, bf16: bool) -> float:
+    start = time.perf_counter()
+    step(bf16)
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    main()
