@@ -54,8 +54,8 @@ class Message(NamedTuple):
     content: Any
 
 
-def find_bags(folder: Path) -> list[Bag]:
-    """All recordings below a folder (or the one at a path), sorted by name.
+def find_bags(folder: Path) -> tuple[list[Bag], list[str]]:
+    """All recordings below a folder (or the one at a path), sorted by name, and the faults of those that cannot be told.
 
     A folder with a metadata.yaml is one recording, of one or many files; without one each storage file is a recording.
     """
@@ -88,11 +88,9 @@ def find_bags(folder: Path) -> list[Bag]:
             and not (path.parent / "metadata.yaml").exists()
         ):
             bags.append(Bag(str(path.relative_to(root)), (path,), {}))
-    if faults:
-        raise Fault(*faults)
-    if not bags:
+    if not bags and not faults:
         raise Fault(f"data.bag_dir: {folder} holds no recording; expected files ending in {', '.join(STORAGES)}")
-    return sorted(bags)
+    return sorted(bags), faults
 
 
 def _hidden(path: Path, folder: Path) -> bool:

@@ -115,9 +115,8 @@ class Dataset(NamedTuple):
 def load_dataset(config: Config) -> Dataset:
     """Every recording of the configuration, cached. Raises Fault with the faults of all of them."""
     data = config.data
-    faults: list[str] = []
+    bags, faults = find_bags(data.bag_dir)
     folders: dict[str, Path] = {}
-    bags = find_bags(data.bag_dir)
     missing = [bag for bag in bags if not _cache_folder(bag, data).exists()]
     with tqdm(total=len(missing), desc="reading bags", unit="bag", disable=not missing) as bar:
         for bag in bags:

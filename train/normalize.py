@@ -60,5 +60,5 @@ class Normalizer(NamedTuple):
         """(B, C, H, W, 3) uint8 as (B, C, 3, H, W) float, normalised; memory stays channels-last. None stays None."""
         if pixels is None:
             return None
-        mean, std = (torch.stack([one[i].view(3) for one in self.cameras.values()])[:, None, None, :] for i in (0, 1))
-        return ((pixels.float() / 255 - mean) / (std + EPS)).permute(0, 1, 4, 2, 3)
+        mean, std = (torch.stack([one[i].view(3) for one in self.cameras.values()])[:, None, None] for i in (0, 1))
+        return pixels.float().sub_(mean * 255).div_((std + EPS) * 255).permute(0, 1, 4, 2, 3)

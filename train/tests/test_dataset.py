@@ -44,7 +44,7 @@ def recorded(folder: Path, count: int = 3) -> Path:
 
 def only_recording(folder: Path, *overrides: str) -> Recording:
     config = configured(folder, *overrides)
-    (bag,) = find_bags(config.data.bag_dir)
+    (bag,), _ = find_bags(config.data.bag_dir)
     return read_recording(bag, config.data)
 
 
@@ -176,12 +176,12 @@ def test_all_faults_of_all_recordings_come_at_once(tmp_path: Path) -> None:
         for t, k, r, c in episode()
     ]
     write(tmp_path / "bags/wrong_step", wrong)
+    (write(tmp_path / "bags/half", episode()) / "metadata.yaml").write_text("rosbag2_")
     with pytest.raises(Fault) as caught:
         load_dataset(configured(tmp_path))
-    assert [any(name in line for line in caught.value.args) for name in ("no_camera", "episode_1", "wrong_step")] == [
-        True
-    ] * 3
-    assert len(caught.value.args) == 3
+    named = [name for name in ("no_camera", "episode_1", "wrong_step", "half") if name in str(caught.value)]
+    assert len(named) == 4
+    assert len(caught.value.args) == 4
     assert not [path for path in (tmp_path / "cache").iterdir() if path.name.startswith(".")], "nothing half made stays"
 
 

@@ -1,0 +1,348 @@
+"""Checkpoints: pretrained_model/ in the format of LeRobot >= 0.4.0, training_state/ to go on from. No pickle.
+
+    checkpoint_NNNNNN/
+      pretrained_model/   config.json, model.safetensors, the two processors with their statistics: LeRobot's files;
+                          robot.json: what a robot must know and LeRobot's files cannot say
+      training_state/     state.safetensors (optimizer, random numbers, the log's open window), resume.json
+
+A checkpoint is written under a temporary name and renamed when it is whole.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import platform
+import re
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from act_model import ACT
+from config import Config, Fault, Model, to_dict
+from normalize import EPS, Moments, Normalizer
+
+if TYPE_CHECKING:  # a robot loads policies without the readers of bags
+    from dataset import Dataset
+
+WEIGHTS = "model.safetensors"
+PREPROCESSOR_STATE = "policy_preprocessor_step_3_normalizer_processor.safetensors"
+POSTPROCESSOR_STATE = "policy_postprocessor_step_0_unnormalizer_processor.safetensors"
+CAMERA = "observation.images."
+NORM_MAP = {"VISUAL": "MEAN_STD", "STATE": "MEAN_STD", "ACTION": "MEAN_STD"}
+OURS = {
+    "n_obs_steps": 1,
+    "vision_backbone": "resnet18",
+    "replace_final_stride_with_dilation": False,
+    "pre_norm": False,
+    "feedforward_activation": "relu",
+}  # what LeRobot offers and this network does not
+
+
+class Pretrained(NamedTuple):
+    """A policy as it stands in pretrained_model/."""
+
+    model: ACT
+    normalizer: Normalizer
+    config: Model
+    image_size: tuple[int, int]  # height, width; (0, 0) without a camera
+    robot: dict[str, Any]  # robot.json; empty for LeRobot's own checkpoints
+
+
+class TrainingState(NamedTuple):
+    """All that a run needs to go on as if it had never stopped."""
+
+    step: int
+    model: ACT
+    optimizer: torch.optim.Optimizer
+    window: list[Tensor]  # the figures of the steps since the last line of the log
+
+
+def save(state: TrainingState, normalizer: Normalizer, config: Config, dataset: Dataset) -> Path:
+    """Write checkpoint_NNNNNN into the run's folder and let the oldest go. Raises Fault where the disk refuses."""
+    final = config.output_dir / f"checkpoint_{state.step:06d}"
+    writing = final.with_name(f".{final.name}.tmp")
+    try:
+        shutil.rmtree(writing, ignore_errors=True)
+        (writing / "pretrained_model").mkdir(parents=True)
+        (writing / "training_state").mkdir()
+        _write_pretrained(
+            writing / "pretrained_model", state.model, normalizer, config, _robot(state.step, config, dataset)
+        )
+        tensors = {
+            f"optimizer.{name}.{key}": value.contiguous()
+            for name, p in _optimized(state)
+            for key, value in state.optimizer.state[p].items()
+        }
+        tensors["rng.cpu"] = torch.get_rng_state()
+        if torch.cuda.is_available():
+            tensors |= {f"rng.cuda.{i}": rng for i, rng in enumerate(torch.cuda.get_rng_state_all())}
+        tensors |= {f"window.{i}": figures for i, figures in enumerate(state.window)}
+        save_file(tensors, writing / "training_state/state.safetensors")
+        _write_json(
+            writing / "training_state/resume.json", {"step": state.step, "settings": _settings(config, dataset)}
+        )
+        writing.rename(final)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(writing, ignore_errors=True)
+        newest = newest_checkpoint(config.output_dir)
+        raise Fault(
+            f"{final}: cannot be written ({error}); free some space or set output_dir, and run the same command again: "
+            f"{f'it goes on from {newest.name}' if newest else 'no checkpoint is there yet'}"
+        ) from None
+    for old in _checkpoints(config.output_dir)[: -config.training.keep_checkpoints]:
+        leaving = old.rename(old.with_name(f".{old.name}.tmp"))
+        shutil.rmtree(leaving, ignore_errors=True)
+    return final
+
+
+def restore(checkpoint: Path, state: TrainingState, config: Config, dataset: Dataset) -> TrainingState:
+    """The state of a checkpoint, put into the model and the optimizer of `state` and into torch's random numbers.
+
+    Raises Fault where the run had other data, another network, batch size or seed.
+    """
+    resume = json.loads((checkpoint / "training_state/resume.json").read_text())
+    differ = [
+        f"{key}: {_shown(here)} now, {_shown(there)} in {checkpoint.name}"
+        for key, here, there in _differences(_settings(config, dataset), resume["settings"])
+    ]
+    if differ:
+        raise Fault(
+            *differ,
+            f"{checkpoint.parent}: this run cannot go on from its newest checkpoint; give another output_dir to "
+            "start a new run, or the old settings to go on",
+        )
+    device = next(state.model.parameters()).device
+    weights = load_file(checkpoint / "pretrained_model" / WEIGHTS)
+    state.model.load_state_dict({key.removeprefix("model."): value for key, value in weights.items()})
+    tensors = load_file(checkpoint / "training_state/state.safetensors")
+    whole = state.optimizer.state_dict()
+    # the moments take their parameter's memory layout, on which the fused kernel relies
+    whole["state"] = {
+        i: {
+            "step": tensors[f"optimizer.{name}.step"],
+            **{key: torch.empty_like(p).copy_(tensors[f"optimizer.{name}.{key}"]) for key in ("exp_avg", "exp_avg_sq")},
+        }
+        for i, (name, p) in enumerate(_optimized(state))
+    }
+    state.optimizer.load_state_dict(whole)
+    torch.set_rng_state(tensors["rng.cpu"])
+    if "rng.cuda.0" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all([tensors[f"rng.cuda.{i}"] for i in range(torch.cuda.device_count())])
+    window = [tensors[f"window.{i}"].to(device) for i in range(sum(key.startswith("window.") for key in tensors))]
+    return TrainingState(resume["step"], state.model, state.optimizer, window)
+
+
+def _optimized(state: TrainingState) -> list[tuple[str, nn.Parameter]]:
+    """The parameters by name, in the order in which the optimizer numbers them."""
+    names = {p: name for name, p in state.model.named_parameters()}
+    return [(names[p], p) for group in state.optimizer.param_groups for p in group["params"]]
+
+
+def newest_checkpoint(run: Path) -> Path | None:
+    """The checkpoint with the most steps in a run's folder."""
+    return next(reversed(_checkpoints(run)), None)
+
+
+def load(folder: Path) -> Pretrained:
+    """A policy out of pretrained_model/, ours or LeRobot's. Raises Fault with all that is wrong with it."""
+    missing = [
+        name
+        for name in ("config.json", WEIGHTS, "policy_preprocessor.json", "policy_postprocessor.json")
+        if not (folder / name).exists()
+    ]
+    if missing:
+        raise Fault(
+            f"{folder}: {', '.join(missing)} missing; expected a pretrained_model folder of this project or of LeRobot >= 0.4.0"
+        )
+    robot = folder / "robot.json"
+    try:
+        written = json.loads((folder / "config.json").read_text())
+        weights = load_file(folder / WEIGHTS)
+        normalizer = _read_normalizer(folder)
+        about = json.loads(robot.read_text()) if robot.exists() else {}
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise Fault(f"{folder}: is damaged ({type(error).__name__}: {error}); copy the checkpoint again") from None
+    faults = [
+        f"{folder}/config.json: {key} is {written[key]!r}; this network has {value!r}"
+        for key, value in OURS.items()
+        if written.get(key, value) != value
+    ]
+    if written.get("type") != "act":
+        faults.append(f"{folder}/config.json: type is {written.get('type')!r}; expected act")
+    inputs = written.get("input_features", {})
+    shapes = {tuple(feature["shape"][1:]) for key, feature in inputs.items() if key.startswith(CAMERA)}
+    if len(shapes) > 1:
+        faults.append(f"{folder}/config.json: cameras of {len(shapes)} sizes; this project has one size for all")
+    if unknown := [key for key in inputs if key != "observation.state" and not key.startswith(CAMERA)]:
+        faults.append(f"{folder}/config.json: input {', '.join(unknown)} is not known to this network")
+    if "observation.state" not in inputs:
+        faults.append(f"{folder}/config.json: no observation.state; this network needs one")
+    if faults:
+        raise Fault(*faults)
+    config = Model(**{f.name: written[f.name] for f in dataclasses.fields(Model) if f.name in written})
+    model = ACT(
+        config,
+        inputs["observation.state"]["shape"][0],
+        written["output_features"]["action"]["shape"][0],
+        len(normalizer.cameras),
+    )
+    try:
+        model.load_state_dict({key.removeprefix("model."): value for key, value in weights.items()})
+    except RuntimeError as error:
+        raise Fault(f"{folder}/{WEIGHTS}: does not fit config.json ({' '.join(str(error).split())[:300]})") from None
+    height, width = shapes.pop() if shapes else (0, 0)
+    return Pretrained(model.eval(), normalizer, config, (height, width), about)
+
+
+def _write_pretrained(folder: Path, model: ACT, normalizer: Normalizer, config: Config, robot: dict[str, Any]) -> None:
+    inputs = {
+        f"{CAMERA}{camera}": {"type": "VISUAL", "shape": [3, *config.data.image_size]} for camera in normalizer.cameras
+    }
+    inputs["observation.state"] = {"type": "STATE", "shape": list(normalizer.state.mean.shape)}
+    outputs = {"action": {"type": "ACTION", "shape": list(normalizer.action.mean.shape)}}
+    network = {key: value for key, value in to_dict(config.model).items() if key != "pretrained_backbone"}
+    _write_json(
+        folder / "config.json",
+        {  # LeRobot refuses a key that it does not know
+            "type": "act",
+            "input_features": inputs,
+            "output_features": outputs,
+            "device": "cpu",
+            "use_amp": False,
+            "normalization_mapping": NORM_MAP,
+            **OURS,
+            **network,
+            "pretrained_backbone_weights": None,  # or LeRobot would fetch the ImageNet weights only to overwrite them
+            "temporal_ensemble_coeff": None,
+            "optimizer_lr": config.training.lr,
+            "optimizer_lr_backbone": config.training.lr_backbone,
+            "optimizer_weight_decay": config.training.weight_decay,
+        },
+    )
+    statistics = {
+        "observation.state": normalizer.state,
+        "action": normalizer.action,
+        **{f"{CAMERA}{camera}": one for camera, one in normalizer.cameras.items()},
+    }
+    tensors = {
+        f"{feature}.{name}": getattr(one, name).cpu() for feature, one in statistics.items() for name in ("mean", "std")
+    }
+    save_file(tensors, folder / PREPROCESSOR_STATE)
+    save_file({key: value for key, value in tensors.items() if key.startswith("action.")}, folder / POSTPROCESSOR_STATE)
+    to_device = _step("device_processor", device="cpu", float_dtype=None)
+    normalizing = {"eps": EPS, "norm_map": NORM_MAP}
+    _write_json(
+        folder / "policy_preprocessor.json",
+        {
+            "name": "policy_preprocessor",
+            "steps": [
+                _step("rename_observations_processor", rename_map={}),
+                _step("to_batch_processor"),
+                to_device,
+                _step("normalizer_processor", features=inputs | outputs, **normalizing)
+                | {"state_file": PREPROCESSOR_STATE},
+            ],
+        },
+    )
+    _write_json(
+        folder / "policy_postprocessor.json",
+        {
+            "name": "policy_postprocessor",
+            "steps": [
+                _step("unnormalizer_processor", features=outputs, **normalizing) | {"state_file": POSTPROCESSOR_STATE},
+                to_device,
+            ],
+        },
+    )
+    save_file(
+        {f"model.{key}": value.contiguous().cpu() for key, value in model.state_dict().items()},
+        folder / WEIGHTS,
+        {"format": "pt"},
+    )
+    _write_json(folder / "robot.json", robot)
+
+
+def _step(name: str, **settings: Any) -> dict[str, Any]:
+    return {"registry_name": name, "config": settings}
+
+
+def _read_normalizer(folder: Path) -> Normalizer:
+    """The statistics of the two processors, wherever their JSON says that they stand."""
+    moments: dict[str, Moments] = {}
+    features: dict[str, Any] = {}
+    for processor, step in (
+        ("policy_preprocessor.json", "normalizer_processor"),
+        ("policy_postprocessor.json", "unnormalizer_processor"),
+    ):
+        steps = json.loads((folder / processor).read_text())["steps"]
+        found = next((one for one in steps if one.get("registry_name") == step), None)
+        if found is None:
+            raise Fault(f"{folder}/{processor}: has no {step}; expected one")
+        other = {kind: norm for kind, norm in found["config"]["norm_map"].items() if norm != "MEAN_STD"}
+        if other:
+            raise Fault(f"{folder}/{processor}: normalises by {other}; expected MEAN_STD")
+        tensors = load_file(folder / Path(found["state_file"]).name)
+        features |= found["config"]["features"]
+        for key in found["config"]["features"]:
+            moments[key] = Moments(tensors[f"{key}.mean"], tensors[f"{key}.std"])
+    cameras = {key.removeprefix(CAMERA): moments[key] for key in features if key.startswith(CAMERA)}
+    return Normalizer(moments["observation.state"], moments["action"], cameras)
+
+
+def _robot(step: int, config: Config, dataset: Dataset) -> dict[str, Any]:
+    """What the robot must know beyond LeRobot's files, and where the policy comes from."""
+    data, (height, width) = config.data, config.data.image_size
+    lerobot = "loads in LeRobot >= 0.4.0" if data.cameras else "cannot be loaded by LeRobot, whose ACT needs a camera"
+    return {
+        "step": step,
+        "lerobot": lerobot,
+        "fps": data.fps,
+        "state": {"names": dataset.state_names, "from": to_dict(data.state)},
+        "action": {"names": dataset.action_names, **to_dict(data.action)},
+        "cameras": {name: {"topic": topic, "height": height, "width": width} for name, topic in data.cameras.items()},
+        "recordings": {
+            "train": {name: dataset.recordings[name] for name in dataset.train.names},
+            "validation": {name: dataset.recordings[name] for name in dataset.validation.names},
+        },
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+            "rosbags": importlib.metadata.version("rosbags"),
+        },
+    }
+
+
+def _settings(config: Config, dataset: Dataset) -> dict[str, Any]:
+    """What must be the same for a run to go on: flat, by dotted key."""
+    tree = to_dict(config)
+    data = {f"data.{key}": value for key, value in tree["data"].items() if key not in ("bag_dir", "cache_dir")}
+    model = {f"model.{key}": value for key, value in tree["model"].items()}
+    training = {f"training.{key}": tree["training"][key] for key in ("batch_size", "seed")}
+    recordings = {f"recording {name}": sorted(files.values()) for name, files in dataset.recordings.items()}
+    return json.loads(json.dumps(data | model | training | recordings))
+
+
+def _differences(here: dict[str, Any], there: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    return [(key, here.get(key), there.get(key)) for key in {**here, **there} if here.get(key) != there.get(key)]
+
+
+def _shown(value: Any) -> str:
+    return "absent" if value is None else str(value)
+
+
+def _checkpoints(run: Path) -> list[Path]:
+    found = [path for path in run.glob("checkpoint_*") if re.fullmatch(r"checkpoint_\d{6,}", path.name)]
+    return sorted(found, key=lambda path: int(path.name.split("_")[1]))
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")

@@ -1,0 +1,277 @@
+"""Training as a user runs it: from recordings to a checkpoint, killed and resumed, and what it says when it cannot."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from recordings import COMMAND, START, STATE, episode, joint_state, write
+from safetensors.torch import load_file
+from test_dataset import configured, recorded
+
+import checkpoint
+import train
+from config import Fault, dump, load
+from dataset import load_dataset
+from policy import Policy
+
+SCRIPT = Path(train.__file__)
+SHARED = Path(__file__).parents[3] / "shared/bags"
+TINY = (
+    "model.dim_model=32",
+    "model.n_heads=2",
+    "model.dim_feedforward=32",
+    "model.n_encoder_layers=1",
+    "model.n_vae_encoder_layers=1",
+    "model.pretrained_backbone=false",
+    "training.log_every=4",
+    "training.save_every=5",
+    "training.evaluate_every=6",
+    "training.device=cpu",
+)
+
+
+def tiny(folder: Path, *overrides: str) -> Path:
+    """A configuration file for a network that trains in a second, dropout and VAE included."""
+    path = folder / "tiny.yaml"
+    path.write_text(dump(configured(folder, *TINY, *overrides)))
+    return path
+
+
+def run(*arguments: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run([sys.executable, SCRIPT, *map(str, arguments)], capture_output=True, text=True, cwd="/")
+    assert "Traceback" not in done.stderr, done.stderr
+    assert not check or done.returncode == 0, done.stderr
+    return done
+
+
+def trained(path: Path, *overrides: str) -> Path:
+    config = load(path, overrides)
+    return train.train(config, load_dataset(config))
+
+
+def logged(run_folder: Path) -> list[dict[str, float]]:
+    lines = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {key: value for key, value in line.items() if key not in ("steps_per_s", "waiting_for_data")} for line in lines
+    ]
+
+
+def assert_bit_equal(one: Path, other: Path) -> None:
+    for name in ("pretrained_model/model.safetensors", "training_state/state.safetensors"):
+        a, b = load_file(one / name), load_file(other / name)
+        assert a.keys() == b.keys()
+        assert not [key for key in a if not a[key].equal(b[key])], name
+    assert logged(one.parent) == logged(other.parent)
+
+
+def test_from_recordings_to_a_policy(tmp_path: Path) -> None:
+    path = tiny(recorded(tmp_path), "training.steps=60", "training.lr=1e-3")
+    dry = run("--config", path, "--dry-run")
+    assert "2 recordings, 2 episodes" in dry.stdout and "cache" in dry.stdout and not (tmp_path / "run").exists()
+    done = run("--config", path)
+    last = tmp_path / "run/checkpoint_000060"
+    assert f"policy: {last}/pretrained_model" in done.stdout
+    assert sorted(p.name for p in (tmp_path / "run").glob("checkpoint_*")) == [
+        f"checkpoint_{n:06d}" for n in (50, 55, 60)
+    ], "the newest three"
+    losses = [line["loss"] for line in logged(tmp_path / "run") if "loss" in line]
+    assert len(losses) == 15 and losses[-1] < 0.7 * losses[0]
+    assert load(tmp_path / "run/config.yaml") == load(path), "what ran stands beside what came out"
+
+    robot = json.loads((last / "pretrained_model/robot.json").read_text())
+    assert robot["state"]["names"] == ["a", "b", "c"] and robot["fps"] == 20 and robot["step"] == 60
+    assert robot["action"] == {"names": ["a", "b", "c"], "from": "next_state", "as": "absolute"}
+    assert robot["cameras"] == {"color": {"topic": "/camera", "height": 48, "width": 64}}
+    assert len(robot["recordings"]["train"]) == 2 and len(robot["recordings"]["validation"]) == 1
+
+
+def test_the_loaded_policy_is_the_trained_one(tmp_path: Path) -> None:
+    config = load(tiny(recorded(tmp_path)))
+    data = load_dataset(config)
+    last = train.train(config, data)
+    policy = Policy.load(last / "pretrained_model")
+    batch = data.validation.gather(torch.arange(4).numpy(), 10, (48, 64))
+    assert batch.images is not None
+    chunk = policy.predict(batch.state, batch.images)
+    assert chunk.shape == (4, 10, 3) and chunk.isfinite().all()
+    assert not torch.equal(chunk, policy.predict(batch.state, torch.zeros_like(batch.images))), "it looks"
+    (last / "pretrained_model/model.safetensors").write_bytes(b"half")
+    with pytest.raises(Fault, match="is damaged"):
+        Policy.load(last / "pretrained_model")
+
+
+@pytest.mark.parametrize("step", [3, 7])
+def test_stopping_and_going_on_changes_no_bit(tmp_path: Path, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tiny(recorded(tmp_path), "training.schedule=cosine", "training.warmup_steps=3")
+    whole = trained(path, f"output_dir={tmp_path}/whole")
+    rates = train._set_rates
+
+    def interrupt(optimizer: torch.optim.Optimizer, settings: train.Training, at: int) -> None:
+        rates(optimizer, settings, at)
+        if at == step:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(train, "_set_rates", interrupt)
+    with pytest.raises(SystemExit, match=f"stopped at step {step}"):
+        trained(path)
+    monkeypatch.undo()
+    assert_bit_equal(whole, trained(path))
+
+
+def test_killed_at_any_moment_it_goes_on_from_the_last_checkpoint(tmp_path: Path) -> None:
+    path = tiny(recorded(tmp_path), "training.steps=40")
+    whole = trained(path, f"output_dir={tmp_path}/whole")
+    process = subprocess.Popen(
+        [sys.executable, SCRIPT, "--config", path], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    while not (tmp_path / "run/checkpoint_000010").exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    newest = checkpoint.newest_checkpoint(tmp_path / "run")
+    assert newest is not None
+    (tmp_path / "run/.checkpoint_000015.tmp").mkdir(exist_ok=True)  # as if it had died while writing
+    assert f"going on from {newest}" in run("--config", path).stdout
+    assert_bit_equal(whole, tmp_path / "run/checkpoint_000040")
+
+
+def test_it_does_not_go_on_with_other_data_or_another_network(tmp_path: Path) -> None:
+    path = tiny(recorded(tmp_path))
+    trained(path)
+    write(tmp_path / "bags/episode_7", episode(seed=7))
+    with pytest.raises(Fault) as caught:
+        trained(path, "model.dim_feedforward=48", "data.fps=10")
+    message = str(caught.value)
+    assert all(
+        words in message
+        for words in (
+            "model.dim_feedforward: 48 now, 32",
+            "data.fps: 10.0 now, 20.0",
+            "recording episode_7",
+            "output_dir",
+        )
+    )
+    with pytest.raises(Fault, match="resume: never"):
+        trained(path, "training.resume=never")
+    with pytest.raises(Fault, match="resume: must"):
+        trained(path, "training.resume=must", f"output_dir={tmp_path}/new")
+
+
+def test_the_state_alone_is_enough(tmp_path: Path) -> None:
+    write(tmp_path / "bags/only", episode(camera=False))
+    command = f"data.action.from=[{{topic: {COMMAND}, joints: [c, a]}}]"
+    last = trained(tiny(tmp_path, "data.cameras={}", command, "training.steps=3"))
+    robot = json.loads((last / "pretrained_model/robot.json").read_text())
+    assert "cannot be loaded by LeRobot" in robot["lerobot"] and robot["action"]["names"] == ["c", "a"]
+    assert Policy.load(last / "pretrained_model").predict(torch.zeros(1, 3)).shape == (1, 10, 2)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
+    with pytest.raises(Fault, match=r"step \d+: loss .*training.lr"):
+        trained(tiny(recorded(tmp_path), "training.lr=1e30", "training.grad_clip_norm=0"))
+    newest = checkpoint.newest_checkpoint(tmp_path / "run")
+    assert newest is None or all(
+        w.isfinite().all() for w in load_file(newest / "pretrained_model/model.safetensors").values()
+    )
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["data.bag_dir=/nowhere"], ["/nowhere does not exist", "make -C train demo"]),
+        (["data.cameras={color: /cam}"], ["/cam", "no such topic", "/camera (sensor_msgs/msg/CompressedImage)"]),
+        (["output_dir=/dev/null/run"], ["output_dir", "/dev/null/run", "cannot be written"]),
+        (["training.device=cuda:9"], ["training.device", "cuda:9"]),
+        (["model.dim=3", "training.steps=0"], ["model.dim: unknown key", "training.steps: expected at least 1"]),
+    ],
+)
+def test_a_wrong_request_gets_one_clear_answer(tmp_path: Path, overrides: list[str], words: list[str]) -> None:
+    done = run("--config", tiny(recorded(tmp_path, 2)), *overrides, check=False)
+    assert done.returncode == 1 and all(word in done.stderr for word in words), done.stderr
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
+@pytest.mark.parametrize(
+    ("full", "size", "words"),
+    [
+        ("cache", "100k", ["cannot hold the cache", "free some"]),
+        ("run", "30m", ["checkpoint_000005", "cannot be written", "goes on from|no checkpoint is there"]),
+    ],
+)
+def test_a_full_disk(tmp_path: Path, full: str, size: str, words: list[str]) -> None:
+    path = tiny(recorded(tmp_path))
+    (tmp_path / full).mkdir(exist_ok=True)
+    script = f"mount -t tmpfs -o size={size} none {tmp_path}/{full} && {sys.executable} {SCRIPT} --config {path}; code=$?; ls -A {tmp_path}/{full}; exit $code"
+    done = subprocess.run(["unshare", "-m", "sh", "-c", script], capture_output=True, text=True)
+    if "mount:" in done.stderr or "unshare:" in done.stderr:
+        pytest.skip(f"no mount here: {done.stderr}")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert all(any(word in done.stderr for word in words_.split("|")) for words_ in words), done.stderr
+    assert ".tmp" not in done.stdout and ".building" not in done.stdout, "nothing half written stays"
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="the recordings of others are not here")
+@pytest.mark.parametrize(
+    ("path", "state", "command", "names"),
+    [
+        (
+            "ipab-slmc-kuka_honeypot_demo/test.bag",
+            f"topic: /joint_states, joints: [{', '.join(f'lwr_arm_{i}_joint' for i in range(7))}]",
+            None,
+            [f"lwr_arm_{i}_joint" for i in range(7)],
+        ),
+        (
+            "mbrummelhuis-aerial_tactile_servoing/ros2bag_ats_2025-12-02_12-44-28",
+            "topic: /servo/out/state, joints: [q2, q0, q1]",
+            None,
+            ["q2", "q0", "q1"],
+        ),
+        (
+            "mbrummelhuis-aerial_tactile_servoing/ros2bag_servo_serial_no_unexpected_q3",
+            "topic: /servo/out/state, index: [0, 1, 2]",
+            "topic: /servo/in/state, joints: [q1, q2, q3]",
+            ["q1", "q2", "q3"],
+        ),
+    ],
+)
+def test_real_recordings_train(tmp_path: Path, path: str, state: str, command: str | None, names: list[str]) -> None:
+    action = [f"data.action.from=[{{{command}}}]"] if command else []
+    last = trained(
+        tiny(tmp_path, f"data.bag_dir={SHARED / path}", f"data.state=[{{{state}}}]", "data.cameras={}", *action)
+    )
+    assert json.loads((last / "pretrained_model/robot.json").read_text())["action"]["names"] == names
+    assert all(0 < line["loss"] < 1e4 for line in logged(tmp_path / "run") if "loss" in line)
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="the recordings of others are not here")
+def test_recordings_that_cannot_be_read_are_all_named(tmp_path: Path) -> None:
+    done = run(
+        "--config",
+        tiny(tmp_path, f"data.bag_dir={SHARED}", "data.state=[{topic: /joint_states}]", "data.cameras={}"),
+        check=False,
+    )
+    assert done.returncode == 1
+    for words in (
+        "empty-file.bag: is empty",
+        "no-messages.bag: /joint_states: no such topic",
+        "say which joints to take",
+        "talker: /joint_states",
+    ):
+        assert words in done.stderr, done.stderr
+
+
+def test_each_row_of_the_log_has_its_data_ready(tmp_path: Path) -> None:
+    messages = [
+        (STATE, "sensor_msgs/msg/JointState", START + i * 50_000_000, joint_state(START + i * 50_000_000, [i, i, i]))
+        for i in range(40)
+    ]
+    write(tmp_path / "bags/one", messages)
+    trained(tiny(tmp_path, "data.cameras={}"))
+    line = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[0])
+    assert set(line) == {"step", "loss", "l1", "kl", "grad_norm", "lr", "steps_per_s", "waiting_for_data"}
