@@ -1,0 +1,119 @@
+"""Against real LeRobot, run as a script by each Python in LEROBOT_PYTHONS (separated as PATH is)."""
+
+import json
+import os
+import subprocess
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+from recordings import COMMAND, episode, write
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from test_train import tiny
+
+import train
+from act_model import ACT, FrozenBatchNorm, act_loss
+from config import Model, load
+from dataset import load_dataset
+from policy import Policy
+
+PYTHONS = [python for python in os.environ.get("LEROBOT_PYTHONS", "").split(os.pathsep) if python]
+NOISE_SEED = 7  # lerobot_side.py sets the same right before its forward
+
+pytestmark = [
+    pytest.mark.interop,
+    pytest.mark.skipif(not PYTHONS, reason="LEROBOT_PYTHONS names no Python with LeRobot"),
+]
+
+
+@pytest.fixture(params=PYTHONS or [""])
+def lerobot_python(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def run_lerobot(python: str, command: str, *paths: Path) -> tuple[dict[str, torch.Tensor], tuple[int, ...]]:
+    """Run a command of lerobot_side.py: the tensors of its last path, and LeRobot's version."""
+    script = Path(__file__).with_name("lerobot_side.py")
+    done = subprocess.run([python, script, command, *paths], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    with safe_open(paths[-1], framework="pt") as file:
+        version = tuple(int(part) for part in file.metadata()["lerobot"].split(".")[:3])
+        return {name: file.get_tensor(name) for name in file.keys()}, version  # noqa: SIM118
+
+
+@pytest.mark.parametrize(("height", "width"), [(224, 224), (240, 320)])
+def test_forward_and_loss_are_lerobots(lerobot_python: str, tmp_path: Path, height: int, width: int) -> None:
+    config = Model(dropout=0.0)
+    torch.manual_seed(0)
+    model = ACT(config, state_dim=14, action_dim=14, cameras=1).train()
+    for norm in model.modules():
+        if isinstance(norm, FrozenBatchNorm):  # about what ImageNet's do: far from the identity, activations stay small
+            norm.weight.uniform_(0.5, 1.0)
+            norm.bias.normal_(std=0.1)
+            norm.running_mean.normal_(std=0.1)
+            norm.running_var.uniform_(0.8, 1.5)
+    save_file({f"model.{name}": tensor for name, tensor in model.state_dict().items()}, tmp_path / "weights")
+
+    features = {
+        "input_features": {
+            "observation.state": {"type": "STATE", "shape": [14]},
+            "observation.images.top": {"type": "VISUAL", "shape": [3, height, width]},
+        },
+        "output_features": {"action": {"type": "ACTION", "shape": [14]}},
+    }
+    fields = asdict(config)
+    del fields["pretrained_backbone"]  # the one name of ours
+    (tmp_path / "config").write_text(json.dumps(features | fields))
+    state, image, actions = torch.randn(2, 14), torch.randn(2, 3, height, width), torch.randn(2, config.chunk_size, 14)
+    pad = torch.zeros(2, config.chunk_size, dtype=torch.bool)
+    pad[0, 60:] = True
+    batch = {"observation.state": state, "observation.images.top": image, "action": actions, "action_is_pad": pad}
+    save_file(batch, tmp_path / "batch")
+
+    theirs, version = run_lerobot(
+        lerobot_python, "forward", tmp_path / "weights", tmp_path / "config", tmp_path / "batch", tmp_path / "out"
+    )
+    torch.manual_seed(NOISE_SEED)
+    output = model(state, image[:, None], actions, pad)
+    loss, l1, kl = act_loss(output, actions, pad, config.kl_weight)
+    ours = {"actions_hat": output.actions, "mu": output.mu, "log_sigma_x2": output.log_sigma_x2, "kl": kl}
+    if version >= (0, 6, 0):  # older ones count the padding in the mean
+        ours |= {"loss": loss, "l1": l1}
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, theirs[name], atol=1e-5, rtol=1e-5)
+
+
+def as_lerobot(state: torch.Tensor, images: torch.Tensor, cameras: list[str]) -> dict[str, torch.Tensor]:
+    """Our (B, S) and (B, C, H, W, 3) uint8 as LeRobot's observation."""
+    pictures = {f"observation.images.{name}": images[:, c].permute(0, 3, 1, 2) / 255 for c, name in enumerate(cameras)}
+    return {"observation.state": state, **{name: one.contiguous() for name, one in pictures.items()}}
+
+
+@pytest.mark.parametrize("use_vae", ["true", "false"])
+def test_our_checkpoint_acts_the_same_in_lerobot(lerobot_python: str, tmp_path: Path, use_vae: str) -> None:
+    """Two cameras, commands as actions, trained a few steps; LeRobot loads it with strict=True."""
+    for i in range(2):
+        messages = episode(seed=i)
+        wrist = [("/wrist", kind, stamp, content) for topic, kind, stamp, content in messages if topic == "/camera"]
+        write(tmp_path / f"bags/{i}", sorted(messages + wrist, key=lambda message: message[2]))
+    cameras = "data.cameras={color: /camera, wrist: /wrist}"
+    config = load(
+        tiny(tmp_path, cameras, f"data.action.from=[{{topic: {COMMAND}, joints: [c, a]}}]", f"model.use_vae={use_vae}")
+    )
+    folder = train.train(config, load_dataset(config)) / "pretrained_model"
+    state, images = torch.randn(3, 3), torch.randint(256, (3, 2, 48, 64, 3), dtype=torch.uint8)
+    save_file(as_lerobot(state, images, ["color", "wrist"]), tmp_path / "observation")
+    theirs, _ = run_lerobot(lerobot_python, "load", folder, tmp_path / "observation", tmp_path / "out")
+    assert theirs["action"].shape == (3, 10, 2)
+    torch.testing.assert_close(Policy.load(folder).predict(state, images), theirs["action"], atol=1e-5, rtol=0)
+
+
+def test_lerobots_checkpoint_acts_the_same_here(lerobot_python: str, tmp_path: Path) -> None:
+    theirs, _ = run_lerobot(lerobot_python, "make", tmp_path / "theirs", tmp_path / "observation", tmp_path / "out")
+    observation = load_file(tmp_path / "observation")
+    pictures = [observation[f"observation.images.{name}"] for name in ("top", "wrist")]
+    images = (torch.stack(pictures, 1).permute(0, 1, 3, 4, 2) * 255).round().to(torch.uint8)
+    chunk = Policy.load(tmp_path / "theirs").predict(observation["observation.state"], images)
+    torch.testing.assert_close(chunk, theirs["action"], atol=1e-5, rtol=0)
