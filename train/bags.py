@@ -7,6 +7,7 @@ one bad definition of a topic nobody asked for. What is read is counted against 
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 import tempfile
@@ -21,7 +22,7 @@ from rosbags import rosbag1, rosbag2
 from rosbags.interfaces import Connection, MessageDefinitionFormat
 from rosbags.typesys import Stores, get_types_from_idl, get_types_from_msg, get_typestore
 
-from config import Fault
+from strict import Fault
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -33,6 +34,7 @@ UNREADABLE = {
     ".active": "the recorder did not finish it; `rosbag reindex` it and drop the .active",
     ".zst": "unpack it first: `zstd -d`",
 }
+REMEDIES = {".mcap": "`mcap recover`", ".db3": "`sqlite3 ... .recover`", ".bag": "`rosbag reindex`"}
 ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 
 
@@ -64,37 +66,37 @@ def find_bags(folder: Path) -> tuple[list[Bag], list[str]]:
             f"data.bag_dir: {folder} does not exist; set it to the folder of your recordings, "
             "or try `make -C train demo`, which records some by itself"
         )
-    paths = (
-        [folder] if folder.is_file() else sorted(p for p in folder.rglob("*") if p.is_file() and not _hidden(p, folder))
-    )
-    root = folder.parent if folder.is_file() or (folder / "metadata.yaml").exists() else folder
+    paths = [folder] if folder.is_file() else _files(folder)
+    described = set() if folder.is_file() else {path.parent for path in paths if path.name == "metadata.yaml"}
+    root = folder.parent if folder.is_file() or folder in described else folder
     bags: list[Bag] = []
     faults: list[str] = []
-    claimed: set[Path] = set()
     for path in paths:
-        if path.name == "metadata.yaml":
-            try:
+        try:
+            if path.suffix in UNREADABLE and path.with_suffix("").suffix in STORAGES:
+                raise Fault(f"{path}: cannot be read as it is: {UNREADABLE[path.suffix]}")
+            if path.name == "metadata.yaml" and path.parent in described:
                 bags.append(_described_bag(path, str(path.parent.relative_to(root))))
-                claimed.add(path.parent)
-            except Fault as fault:
-                faults += fault.args
-    for path in paths:
-        stem = path.name.removesuffix(".zstd")
-        if path.suffix in UNREADABLE and stem.split(".", 1)[-1].startswith(tuple(s[1:] for s in STORAGES)):
-            faults.append(f"{path}: cannot be read as it is: {UNREADABLE[path.suffix]}")
-        if (
-            Path(stem).suffix in STORAGES
-            and path.parent not in claimed
-            and not (path.parent / "metadata.yaml").exists()
-        ):
-            bags.append(Bag(str(path.relative_to(root)), (path,), {}))
+            elif _is_storage(path) and path.parent not in described:
+                bags.append(Bag(str(path.relative_to(root)), (path,), {}))
+        except Fault as fault:
+            faults += fault.args
     if not bags and not faults:
         raise Fault(f"data.bag_dir: {folder} holds no recording; expected files ending in {', '.join(STORAGES)}")
     return sorted(bags), faults
 
 
-def _hidden(path: Path, folder: Path) -> bool:
-    return any(part.startswith(".") for part in path.relative_to(folder).parts)
+def _files(folder: Path) -> list[Path]:
+    """All files below a folder, through links, without what is hidden."""
+    found = []
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [Path(parent, name) for name in files if not name.startswith(".")]
+    return sorted(found)
+
+
+def _is_storage(path: Path) -> bool:
+    return Path(path.name.removesuffix(".zstd")).suffix in STORAGES
 
 
 def _described_bag(metadata: Path, name: str) -> Bag:
@@ -113,6 +115,8 @@ def _described_bag(metadata: Path, name: str) -> Bag:
         raise Fault(
             f"{metadata}: names {', '.join(missing) or 'no file'}, which is not there; copy the whole recording, or {advice}"
         )
+    if unlisted := [path.name for path in _files(metadata.parent) if _is_storage(path) and path not in files]:
+        raise Fault(f"{metadata}: does not name {', '.join(unlisted)}, which lies beside it; move it away, or {advice}")
     return Bag(name, files, declared)
 
 
@@ -171,8 +175,11 @@ def _opened(file: Path) -> Iterator[rosbag1.Reader | rosbag2.Reader]:
             f"{wal}: the recorder left messages here that no reader would see; merge them first: "
             f"`sqlite3 {file.name} 'pragma wal_checkpoint(truncate)'`"
         )
-    if not file.stat().st_size:
-        raise Fault(f"{file}: is empty (0 bytes); copy it again or remove it")
+    try:
+        if not file.stat().st_size:
+            raise Fault(f"{file}: is empty (0 bytes); copy it again or remove it")
+    except OSError as error:
+        raise Fault(f"{file}: cannot be read ({error.strerror}); copy it again or remove it") from None
     with tempfile.TemporaryDirectory(prefix="rosbag-") as folder:
         plain = file
         if file.suffix == ".zstd":
@@ -181,18 +188,18 @@ def _opened(file: Path) -> Iterator[rosbag1.Reader | rosbag2.Reader]:
                 with zstd.open(file, "rb") as packed, plain.open("wb") as unpacked:
                     shutil.copyfileobj(packed, unpacked, 1 << 20)
             except (zstd.ZstdError, EOFError) as error:
+                raise Fault(f"{file}: cannot be unpacked ({_brief(error)}); it is cut short: copy it again") from None
+            except OSError as error:
                 raise Fault(
-                    f"{file}: cannot be unpacked ({_brief(error)}); the file is cut short or damaged: copy it again"
+                    f"{file}: cannot be unpacked to {folder} ({error.strerror}); free some, or set TMPDIR"
                 ) from None
         try:
             reader = rosbag1.Reader(plain) if plain.suffix == ".bag" else rosbag2.Reader(plain)
             reader.open()
         except Exception as error:  # the library raises whatever a damaged file provokes
-            remedy = {".mcap": "`mcap recover`", ".db3": "`sqlite3 ... .recover`", ".bag": "`rosbag reindex`"}[
-                plain.suffix
-            ]
+            remedy = REMEDIES.get(plain.suffix, f"one of {', '.join(STORAGES)}")
             raise Fault(
-                f"{file}: cannot be opened ({_brief(error)}); copy it again, or try {remedy}, or remove it"
+                f"{file}: cannot be opened ({_brief(error)}); copy it again, try {remedy}, or remove it"
             ) from None
         try:
             yield reader

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import json
+import os
 import platform
 import re
 import shutil
@@ -26,8 +27,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from act_model import ACT
-from config import Config, Fault, Model, to_dict
+from config import Config, Model, to_dict
 from normalize import EPS, Moments, Normalizer
+from strict import Fault
 
 if TYPE_CHECKING:  # a robot loads policies without the readers of bags
     from dataset import Dataset
@@ -51,7 +53,6 @@ class Pretrained(NamedTuple):
 
     model: ACT
     normalizer: Normalizer
-    config: Model
     image_size: tuple[int, int]  # height, width; (0, 0) without a camera
     robot: dict[str, Any]  # robot.json; empty for LeRobot's own checkpoints
 
@@ -89,7 +90,10 @@ def save(state: TrainingState, normalizer: Normalizer, config: Config, dataset: 
         _write_json(
             writing / "training_state/resume.json", {"step": state.step, "settings": _settings(config, dataset)}
         )
+        for path in [*writing.rglob("*"), writing]:
+            _settle(path)
         writing.rename(final)
+        _settle(final.parent)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(writing, ignore_errors=True)
         newest = newest_checkpoint(config.output_dir)
@@ -108,7 +112,14 @@ def restore(checkpoint: Path, state: TrainingState, config: Config, dataset: Dat
 
     Raises Fault where the run had other data, another network, batch size or seed.
     """
-    resume = json.loads((checkpoint / "training_state/resume.json").read_text())
+    try:
+        resume = json.loads((checkpoint / "training_state/resume.json").read_text())
+        tensors = load_file(checkpoint / "training_state/state.safetensors")
+        weights = load_file(checkpoint / "pretrained_model" / WEIGHTS)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise Fault(
+            f"{checkpoint}: is damaged ({error}); remove it, and the same command goes on from the checkpoint before it"
+        ) from None
     differ = [
         f"{key}: {_shown(here)} now, {_shown(there)} in {checkpoint.name}"
         for key, here, there in _differences(_settings(config, dataset), resume["settings"])
@@ -119,10 +130,7 @@ def restore(checkpoint: Path, state: TrainingState, config: Config, dataset: Dat
             f"{checkpoint.parent}: this run cannot go on from its newest checkpoint; give another output_dir to "
             "start a new run, or the old settings to go on",
         )
-    device = next(state.model.parameters()).device
-    weights = load_file(checkpoint / "pretrained_model" / WEIGHTS)
     state.model.load_state_dict({key.removeprefix("model."): value for key, value in weights.items()})
-    tensors = load_file(checkpoint / "training_state/state.safetensors")
     whole = state.optimizer.state_dict()
     # the moments take their parameter's memory layout, on which the fused kernel relies
     whole["state"] = {
@@ -136,6 +144,7 @@ def restore(checkpoint: Path, state: TrainingState, config: Config, dataset: Dat
     torch.set_rng_state(tensors["rng.cpu"])
     if "rng.cuda.0" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state_all([tensors[f"rng.cuda.{i}"] for i in range(torch.cuda.device_count())])
+    device = next(state.model.parameters()).device
     window = [tensors[f"window.{i}"].to(device) for i in range(sum(key.startswith("window.") for key in tensors))]
     return TrainingState(resume["step"], state.model, state.optimizer, window)
 
@@ -168,38 +177,36 @@ def load(folder: Path) -> Pretrained:
         weights = load_file(folder / WEIGHTS)
         normalizer = _read_normalizer(folder)
         about = json.loads(robot.read_text()) if robot.exists() else {}
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise Fault(f"{folder}: is damaged ({type(error).__name__}: {error}); copy the checkpoint again") from None
+        inputs, state_dim, action_dim = _read_shapes(folder, written)
+        config = Model(**{f.name: written[f.name] for f in dataclasses.fields(Model) if f.name in written})
+        cameras = [key.removeprefix(CAMERA) for key in inputs if key.startswith(CAMERA)]
+        model = ACT(config, state_dim, action_dim, len(cameras))
+        model.load_state_dict({key.removeprefix("model."): value for key, value in weights.items()})
+        normalizer = normalizer._replace(cameras={camera: normalizer.cameras[camera] for camera in cameras})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise Fault(f"{folder}: is damaged ({type(error).__name__}: {reason}); copy the checkpoint again") from None
+    height, width = next((feature["shape"][1:] for key, feature in inputs.items() if key.startswith(CAMERA)), (0, 0))
+    return Pretrained(model.eval(), normalizer, (height, width), about)
+
+
+def _read_shapes(folder: Path, written: dict[str, Any]) -> tuple[dict[str, Any], int, int]:
+    """The input features and the sizes of state and action in a config.json. Raises Fault where ours is another network."""
+    inputs = written["input_features"]
     faults = [
         f"{folder}/config.json: {key} is {written[key]!r}; this network has {value!r}"
-        for key, value in OURS.items()
+        for key, value in {"type": "act", **OURS}.items()
         if written.get(key, value) != value
     ]
-    if written.get("type") != "act":
-        faults.append(f"{folder}/config.json: type is {written.get('type')!r}; expected act")
-    inputs = written.get("input_features", {})
-    shapes = {tuple(feature["shape"][1:]) for key, feature in inputs.items() if key.startswith(CAMERA)}
-    if len(shapes) > 1:
-        faults.append(f"{folder}/config.json: cameras of {len(shapes)} sizes; this project has one size for all")
+    if len({tuple(feature["shape"]) for key, feature in inputs.items() if key.startswith(CAMERA)}) > 1:
+        faults.append(f"{folder}/config.json: has cameras of several sizes; this project has one size for all")
     if unknown := [key for key in inputs if key != "observation.state" and not key.startswith(CAMERA)]:
         faults.append(f"{folder}/config.json: input {', '.join(unknown)} is not known to this network")
     if "observation.state" not in inputs:
-        faults.append(f"{folder}/config.json: no observation.state; this network needs one")
+        faults.append(f"{folder}/config.json: has no observation.state; this network needs one")
     if faults:
         raise Fault(*faults)
-    config = Model(**{f.name: written[f.name] for f in dataclasses.fields(Model) if f.name in written})
-    model = ACT(
-        config,
-        inputs["observation.state"]["shape"][0],
-        written["output_features"]["action"]["shape"][0],
-        len(normalizer.cameras),
-    )
-    try:
-        model.load_state_dict({key.removeprefix("model."): value for key, value in weights.items()})
-    except RuntimeError as error:
-        raise Fault(f"{folder}/{WEIGHTS}: does not fit config.json ({' '.join(str(error).split())[:300]})") from None
-    height, width = shapes.pop() if shapes else (0, 0)
-    return Pretrained(model.eval(), normalizer, config, (height, width), about)
+    return inputs, inputs["observation.state"]["shape"][0], written["output_features"]["action"]["shape"][0]
 
 
 def _write_pretrained(folder: Path, model: ACT, normalizer: Normalizer, config: Config, robot: dict[str, Any]) -> None:
@@ -342,6 +349,15 @@ def _shown(value: Any) -> str:
 def _checkpoints(run: Path) -> list[Path]:
     found = [path for path in run.glob("checkpoint_*") if re.fullmatch(r"checkpoint_\d{6,}", path.name)]
     return sorted(found, key=lambda path: int(path.name.split("_")[1]))
+
+
+def _settle(path: Path) -> None:
+    """Wait until a file or folder is on the disk itself: a rename must not outlive its content in a power failure."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _write_json(path: Path, content: Any) -> None:

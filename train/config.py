@@ -67,7 +67,9 @@ class Data:
         ROOT / "outputs/cache", "decoded recordings, shared by all runs; may be deleted at any time"
     )
     fps: float = setting(30.0, "ticks per second: the rate at which the robot will run the policy", above=0)
-    image_size: tuple[int, int] = setting((240, 320), "height, width in pixels at which the network sees", least=32)
+    image_size: tuple[int, int] = setting(
+        (240, 320), "height, width in pixels at which the network sees", least=32, below=4097
+    )
     cameras: dict[str, str] = setting(
         {"color": "/camera/color/image_raw"},
         "name: topic of each camera (Image or CompressedImage); `{}` trains on the state alone",
@@ -126,7 +128,7 @@ class Training:
     matmul_precision: Literal["highest", "high", "medium"] = setting(
         "medium", "torch.set_float32_matmul_precision: TF32 on a GPU; on a CPU without AMX the fast kernels, still fp32"
     )
-    seed: int = setting(0, "of weights, sample order, dropout and the held-out choice", least=0)
+    seed: int = setting(0, "of weights, sample order, dropout and the held-out choice", least=0, below=2**63)
     device: str = setting("auto", "`auto` (cuda where there is one), `cpu`, `cuda` or `cuda:N`")
     log_every: int = setting(100, "steps between two lines of metrics.jsonl", least=1)
     evaluate_every: int = setting(2000, "steps between two validations", least=1)
@@ -162,7 +164,7 @@ def load(path: Path | None, overrides: Sequence[str] = ()) -> Config:
             raise Fault(f"{path}: no such configuration file") from None
         except (OSError, UnicodeDecodeError) as error:
             raise Fault(f"{path}: cannot be read: {error}") from None
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError) as error:  # a ValueError from a date that is none
             raise Fault(f"{path}: is not valid YAML: {' '.join(str(error).split())}") from None
         if not isinstance(tree, dict):
             raise Fault(f"{path}: expected a mapping with keys such as training, found {tree!r}")
@@ -174,7 +176,7 @@ def load(path: Path | None, overrides: Sequence[str] = ()) -> Config:
             continue
         try:
             value = yaml.load(text, UniqueKeys)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError) as error:  # a ValueError from a date that is none
             faults.append(f"{key}: the value {text!r} is not valid YAML: {' '.join(str(error).split())}")
             continue
         branch: dict[str, Any] = {}

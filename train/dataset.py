@@ -14,7 +14,7 @@ import queue
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,9 +24,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bags import Bag, find_bags
-from config import Config, Data, Fault, to_dict
+from config import Config, Data, to_dict
 from episodes import Recording, read_frames, read_recording
 from normalize import Moments, Normalizer, imagenet, moments
+from strict import Fault
 
 PREFETCH = 4  # batches that are ready before they are asked for
 SOURCES = ("bags.py", "signals.py", "episodes.py", "images.py")  # a change of how bags are read is a new cache
@@ -64,7 +65,16 @@ class Frames(NamedTuple):
         with file.open("rb", buffering=0) as content:
             content.seek(int(self.row[tick]) * out.nbytes)
             if content.readinto(out.data) != out.nbytes:
-                raise Fault(f"{file}: is shorter than it was written; remove {file.parent} and it is made anew")
+                raise Fault(f"{file}: was cut short while training; run the same command again")
+
+
+class Cached(NamedTuple):
+    """One recording as it stands in the cache."""
+
+    meta: dict[str, Any]
+    state: np.ndarray  # (N, S) float32
+    action: np.ndarray  # (N, A) float32
+    frames: dict[str, tuple[Path, np.ndarray]]  # camera: raw frames, and which of them each tick shows (N,)
 
 
 class Split(NamedTuple):
@@ -112,42 +122,43 @@ class Dataset(NamedTuple):
         return Normalizer(moments(self.train.state), moments(self.train.action), cameras)
 
 
-def load_dataset(config: Config) -> Dataset:
-    """Every recording of the configuration, cached. Raises Fault with the faults of all of them."""
+def load_dataset(config: Config, held_out: Collection[str] | None = None) -> Dataset:
+    """Every recording of the configuration, cached; held_out names those to validate on, by default a share of them.
+
+    Raises Fault with the faults of all of them.
+    """
     data = config.data
     bags, faults = find_bags(data.bag_dir)
-    folders: dict[str, Path] = {}
-    missing = [bag for bag in bags if not _cache_folder(bag, data).exists()]
-    with tqdm(total=len(missing), desc="reading bags", unit="bag", disable=not missing) as bar:
-        for bag in bags:
-            folders[bag.name] = folder = _cache_folder(bag, data)
-            if bag in missing:
-                try:
-                    _cache_recording(bag, data, folder)
-                except Fault as fault:
-                    faults += fault.args
-                bar.update()
+    code = hashlib.sha256(b"".join(Path(__file__).with_name(source).read_bytes() for source in SOURCES)).hexdigest()
+    folders = {bag.name: _cache_folder(bag, data, code) for bag in bags}
+    missing = [bag for bag in bags if not folders[bag.name].exists()]
+    for bag in tqdm(missing, desc="reading bags", unit="bag", disable=not missing):
+        try:
+            _cache_recording(bag, data, folders[bag.name])
+        except Fault as fault:
+            faults += fault.args
     if faults:
         raise Fault(*faults)
-    metas = {name: json.loads((folder / "meta.json").read_text()) for name, folder in folders.items()}
+    cached = {name: _load(folder, data) for name, folder in folders.items()}
     for key in ("state_names", "action_names"):
-        found = {tuple(meta[key]): name for name, meta in reversed(metas.items())}
+        found = {tuple(one.meta[key]): name for name, one in reversed(cached.items())}
         if len(found) > 1:
-            raise Fault(
-                *(
-                    f"{name}: {key} are {', '.join(names)}; expected the same in every recording"
-                    for names, name in found.items()
-                )
-            )
-    held_out = _held_out(list(folders), data.validation_fraction, config.training.seed)
-    first = next(iter(metas.values()))
+            expected = "expected the same in every recording"
+            raise Fault(*(f"{name}: {key} are {', '.join(names)}; {expected}" for names, name in found.items()))
+    if held_out is None:
+        held_out = _held_out(list(cached), data.validation_fraction, config.training.seed)
+    elif gone := sorted(set(held_out) - set(cached)):
+        raise Fault(
+            f"{data.bag_dir}: {', '.join(gone)} held out from training, no longer there; put back to judge by it"
+        )
+    first = next(iter(cached.values()))
     return Dataset(
-        train=_split({name: folder for name, folder in folders.items() if name not in held_out}, metas, data),
-        validation=_split({name: folder for name, folder in folders.items() if name in held_out}, metas, data),
-        state_names=tuple(first["state_names"]),
-        action_names=tuple(first["action_names"]),
-        recordings={name: meta["files"] for name, meta in metas.items()},
-        notes={name: meta["notes"] for name, meta in metas.items()},
+        train=_split({name: one for name, one in cached.items() if name not in held_out}, first),
+        validation=_split({name: one for name, one in cached.items() if name in held_out}, first),
+        state_names=tuple(first.meta["state_names"]),
+        action_names=tuple(first.meta["action_names"]),
+        recordings={name: one.meta["files"] for name, one in cached.items()},
+        notes={name: one.meta["notes"] for name, one in cached.items()},
         cache_bytes=sum(file.stat().st_size for folder in folders.values() for file in folder.iterdir()),
     )
 
@@ -158,40 +169,52 @@ def _held_out(names: list[str], fraction: float, seed: int) -> set[str]:
     return set(sorted(names, key=lambda name: hashlib.sha256(f"{seed} {name}".encode()).digest())[:count])
 
 
-def _split(folders: dict[str, Path], metas: dict[str, Any], data: Data) -> Split:
-    """The named cached recordings, one after the other."""
-    lengths = [length for name in folders for length in metas[name]["episodes"]]
-    meta = next(iter(metas.values()))
-
-    def stack(name: str, *width: int) -> np.ndarray:
-        loaded = [np.load(folder / name) for folder in folders.values()]
-        return np.concatenate(loaded) if loaded else np.zeros((0, *width), np.float32)
-
+def _split(recordings: dict[str, Cached], example: Cached) -> Split:
+    """The named recordings, one after the other; shapes are those of the example where there is none."""
+    lengths = [length for one in recordings.values() for length in one.meta["episodes"]]
+    ticks = [len(one.state) for one in recordings.values()]
     frames = {}
-    for camera in data.cameras:
-        ticks = [sum(metas[name]["episodes"]) for name in folders]
+    for camera in example.frames:
+        files, rows = (
+            [one.frames[camera][0] for one in recordings.values()],
+            [one.frames[camera][1] for one in recordings.values()],
+        )
         frames[camera] = Frames(
-            [folder / f"{camera}.rgb" for folder in folders.values()],
-            np.repeat(np.arange(len(folders), dtype=np.int32), ticks),
-            stack(f"{camera}.npy"),
+            files, np.repeat(np.arange(len(files), dtype=np.int32), ticks), np.concatenate([*rows, []]).astype(np.int64)
         )
     return Split(
-        list(folders),
+        list(recordings),
         lengths,
-        stack("state.npy", len(meta["state_names"])),
-        stack("action.npy", len(meta["action_names"])),
+        np.concatenate([example.state[:0], *(one.state for one in recordings.values())]),
+        np.concatenate([example.action[:0], *(one.action for one in recordings.values())]),
         np.repeat(np.cumsum(lengths, dtype=np.int64), lengths),
         frames,
     )
 
 
-def _cache_folder(bag: Bag, data: Data) -> Path:
+def _load(folder: Path, data: Data) -> Cached:
+    """A recording out of the cache. Raises Fault where it is not as it was written."""
+    height, width = data.image_size
+    try:
+        frames = {}
+        for camera in data.cameras:
+            rows = np.load(folder / f"{camera}.npy")
+            frames[camera] = folder / f"{camera}.rgb", rows
+            if (folder / f"{camera}.rgb").stat().st_size != (rows.max() + 1) * height * width * 3:
+                raise ValueError(f"{camera}.rgb is cut short")
+        meta = json.loads((folder / "meta.json").read_text())
+        return Cached(meta, np.load(folder / "state.npy"), np.load(folder / "action.npy"), frames)
+    except (OSError, ValueError, EOFError) as error:
+        raise Fault(f"{folder}: the cached recording is damaged ({error}); remove it and it is made anew") from None
+
+
+def _cache_folder(bag: Bag, data: Data, code: str) -> Path:
     """Where the recording is cached, named by all that its content depends on."""
     slice_ = {
         key: value for key, value in to_dict(data).items() if key not in ("bag_dir", "cache_dir", "validation_fraction")
     }
-    files = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in bag.files]
-    code = [hashlib.sha256((Path(__file__).parent / source).read_bytes()).hexdigest() for source in SOURCES]
+    stats = [(file.resolve(), file.stat()) for file in bag.files if file.exists()]
+    files = [(str(file), stat.st_size, stat.st_mtime_ns) for file, stat in stats]
     key = hashlib.sha256(json.dumps([slice_, files, bag.declared, code], sort_keys=True).encode()).hexdigest()
     return data.cache_dir / f"{Path(bag.name).name}-{key[:24]}"
 
@@ -205,7 +228,11 @@ def _cache_recording(bag: Bag, data: Data, folder: Path) -> None:
         try:
             _write_recording(bag, recording, data, building)
             building.chmod(0o755)
-            building.rename(folder)
+            try:
+                building.rename(folder)
+            except OSError:
+                if not folder.exists():  # else another run was as quick
+                    raise
         finally:
             shutil.rmtree(building, ignore_errors=True)
     except OSError as error:
@@ -234,7 +261,6 @@ def _write_recording(bag: Bag, recording: Recording, data: Data, folder: Path) -
         for file in files.values():
             file.close()
     meta = {
-        "bag": bag.name,
         "episodes": [len(episode.state) for episode in recording.episodes],
         "notes": recording.notes,
         "state_names": recording.state_names,

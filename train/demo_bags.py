@@ -11,7 +11,6 @@ world is the robot's base frame: z up, the table at z = 0, the arm stretching to
 import argparse
 import functools
 import shutil
-import sys
 from pathlib import Path
 
 import cv2
@@ -22,7 +21,7 @@ from rosbags.typesys import Stores, get_typestore
 from rosbags.typesys.stores import ros2_humble as ros
 from tqdm import tqdm
 
-from config import Fault
+from strict import Fault, told_plainly
 
 Array = NDArray[np.float64]
 Image = NDArray[np.uint8]
@@ -252,12 +251,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--episodes", type=int, default=100, help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     options = parser.parse_args(arguments)
-    try:
+    with told_plainly():
         recorded = record(options.folder, options.episodes, options.seed)
-    except Fault as fault:
-        sys.exit(f"error: {fault}")
-    kept = options.episodes - recorded
-    print(f"{options.folder}: {recorded} episodes recorded, {kept} already there and left alone")
+        kept = options.episodes - recorded
+        print(f"{options.folder}: {recorded} episodes recorded, {kept} already there and left alone")
 
 
 if __name__ == "__main__":

@@ -14,10 +14,12 @@ from typing import NamedTuple
 import numpy as np
 
 from bags import Bag, read_messages
-from config import Data, Fault, Signal
+from config import Data, Signal
 from images import resize, to_rgb
 from signals import Series, read_series
+from strict import Fault
 
+WORTH_SAYING_NS = 500_000_000
 DECODERS = 2  # threads that decode pictures; OpenCV lets go of the interpreter while it does
 
 
@@ -44,6 +46,7 @@ def read_recording(bag: Bag, data: Data) -> Recording:
     series = read_series(bag, {*data.state, *commands}, set(data.cameras.values()))
     ticks = _grid(bag.name, series, data.fps)
     newest, fresh, notes = _newest(series, ticks, data)
+    notes += _left_out(series)
 
     def gather(signals: tuple[Signal, ...]) -> tuple[np.ndarray, tuple[str, ...]]:
         rows = [series[s.topic].values[s][newest[s.topic]] for s in signals]
@@ -56,6 +59,14 @@ def read_recording(bag: Bag, data: Data) -> Recording:
             f"{bag.name}: data.action.as: a delta needs as many commands as states; found {target.shape[1]} "
             f"({', '.join(action_names)}) for {state.shape[1]} ({', '.join(state_names)})"
         )
+    if data.action.as_ == "delta" and action_names != state_names:
+        if set(action_names) == set(state_names):
+            raise Fault(
+                f"{bag.name}: data.action.as: a delta takes the state from the command, place by place; found commands of "
+                f"{', '.join(action_names)} and a state of {', '.join(state_names)}; give both in one order"
+            )
+        pairs = ", ".join(f"{a} - {s}" for a, s in zip(action_names, state_names, strict=True))
+        notes.append(f"deltas are {pairs}")
     episodes, dropped = [], 0
     for start, stop in _runs(fresh):
         if stop - start < 2:
@@ -77,7 +88,11 @@ def read_recording(bag: Bag, data: Data) -> Recording:
 
 
 def _grid(name: str, series: dict[str, Series], fps: float) -> np.ndarray:
-    """Ticks (N,) int64 ns over the time that all topics share."""
+    """Ticks (N,) int64 ns over the time that all topics share.
+
+    The first comes half a tick in: on the beat of a camera at the same rate, jitter would show one picture twice and
+    skip the next.
+    """
     start = max(one.stamps[0] for one in series.values())
     stop = min(one.stamps[-1] for one in series.values())
     if stop < start:
@@ -87,8 +102,25 @@ def _grid(name: str, series: dict[str, Series], fps: float) -> np.ndarray:
             for topic, one in sorted(series.items())
         )
         raise Fault(f"{name}: its topics share no time: {spans}; leave the recording out")
-    count = int((stop - start) * fps / 1e9) + 1
-    return start + np.rint(np.arange(count) * (1e9 / fps)).astype(np.int64)
+    count = int((stop - start) * fps / 1e9 + 0.5)
+    return start + np.rint((np.arange(count) + 0.5) * (1e9 / fps)).astype(np.int64)
+
+
+def _left_out(series: dict[str, Series]) -> list[str]:
+    """Which topics, by beginning late or ending early, keep the others from being used for long."""
+    begin = min(one.stamps[0] for one in series.values())
+    end = max(one.stamps[-1] for one in series.values())
+    notes = []
+    for topic, one in sorted(series.items()):
+        for word, lost in (("begins late", one.stamps[0] - begin), ("ends early", end - one.stamps[-1])):
+            if lost > WORTH_SAYING_NS:
+                notes.append(f"{topic} {word}: {lost / 1e9:.1f} s of other topics are left out")
+    return notes
+
+
+def _max_age_ms(topic: str, one: Series, data: Data) -> float:
+    period = np.median(np.diff(one.stamps)) / 1e6 if len(one.stamps) > 1 else 0.0
+    return data.max_age_ms.get(topic, max(2.5 * period, 1e3 / data.fps))
 
 
 def _newest(
@@ -98,8 +130,7 @@ def _newest(
     newest, fresh, notes = {}, np.ones(len(ticks), bool), []
     for topic, one in sorted(series.items()):
         newest[topic] = np.searchsorted(one.stamps, ticks, side="right") - 1
-        period = np.median(np.diff(one.stamps)) / 1e6 if len(one.stamps) > 1 else 0.0
-        max_age = data.max_age_ms.get(topic, max(2.5 * period, 1e3 / data.fps))
+        max_age = _max_age_ms(topic, one, data)
         old = (ticks - one.stamps[newest[topic]]) / 1e6 > max_age
         if one.clock != "header":
             notes.append(f"{topic} by {one.clock}")

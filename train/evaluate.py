@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -19,9 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from config import Config, Fault, load
+from config import Config, load
 from dataset import Batch, Dataset, load_dataset
 from policy import Policy
+from strict import Fault, told_plainly
 
 SAMPLES = 1024  # spread evenly over the held-out ticks
 BATCH = 32
@@ -116,7 +116,7 @@ def draw(folder: Path, policy: Policy, errors: Errors, config: Config, dataset: 
                 label="predicted chunks" if not b else None,
             )
             axis.plot(start / fps, chunks[b, 0, a], "o", markersize=4, color=f"C{b % 10}")
-        axis.set_title(f"{name} (as recorded)", fontsize=9)
+        axis.set_title(f"{name}, as recorded", fontsize=9)
         axis.grid(alpha=0.3)
     for axis in list(axes.flat)[len(names) :]:
         axis.axis("off")
@@ -166,14 +166,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help="a checkpoint_NNNNNN folder of a run")
     folder = parser.parse_args().checkpoint.resolve()
-    try:
+    with told_plainly():
         policy = Policy.load(folder / "pretrained_model")
         config = load(folder.parent / "config.yaml")
-        dataset = load_dataset(config)
+        # not a new choice: recordings may have come since, and none that was trained on may judge
+        dataset = load_dataset(config, held_out=policy.robot["recordings"]["validation"])
         errors = evaluate(policy, config, dataset)
-        print(
-            f"{len(dataset.validation.names)} held-out recordings, {len(errors.policy)} moments, {config.model.chunk_size} ticks ahead"
-        )
+        moments, ahead = errors.policy.shape[:2]
+        print(f"{len(dataset.validation.names)} held-out recordings, {moments} moments, {ahead} ticks ahead")
         print(table(errors, dataset.action_names))
         out = folder.parent / "evaluation" / folder.name
         out.mkdir(parents=True, exist_ok=True)
@@ -184,11 +184,13 @@ def main() -> None:
             json.dumps({"actions": dataset.action_names, "mean_absolute_error": means}, indent=2) + "\n"
         )
         if find_spec("matplotlib"):
-            print("pictures: " + ", ".join(map(str, draw(out, policy, errors, config, dataset))))
+            print(
+                "pictures: "
+                + ", ".join(path.name for path in draw(out, policy, errors, config, dataset))
+                + f" in {out}"
+            )
         else:
-            print("pictures: none, they need matplotlib: pip install 'rosbag-act[report]'")
-    except Fault as fault:
-        sys.exit("\n".join(f"error: {line}" for line in fault.args))
+            print("pictures: none, they need matplotlib: pip install matplotlib")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from config import Fault
+from strict import Fault
 
 CHANNELS = {
     "rgb8": 3,
@@ -46,6 +46,7 @@ TO_RGB = {
     "yuv422_yuy2": cv2.COLOR_YUV2RGB_YUY2,
     "yuyv": cv2.COLOR_YUV2RGB_YUY2,
 }
+JPEG_BEGIN, JPEG_END = b"\xff\xd8", b"\xff\xd9"
 DEPTH = ("16UC1", "32FC1", "mono16", "compressedDepth")
 
 
@@ -70,12 +71,19 @@ def to_rgb(message: Any, place: str) -> np.ndarray:
             f"expected a step of at least {row} and step x height = {step * height} bytes: the driver or the file is at fault"
         )
     pixels = np.asarray(message.data).reshape(height, step)[:, :row].reshape(height, width, CHANNELS[kind])
-    return cv2.cvtColor(np.ascontiguousarray(pixels), TO_RGB[kind]) if kind in TO_RGB else pixels
+    pixels = np.ascontiguousarray(pixels)
+    try:
+        return cv2.cvtColor(pixels, TO_RGB[kind]) if kind in TO_RGB else pixels
+    except cv2.error as error:  # an odd width where colours come in pairs
+        raise Fault(
+            f"{place}: {width}x{height} {kind} cannot be converted ({error.err}); leave the recording out"
+        ) from None
 
 
 def _decompress(data: np.ndarray, kind: str, place: str) -> np.ndarray:
+    cut = data[:2].tobytes() == JPEG_BEGIN and JPEG_END not in data.tobytes()  # some decoders fill up the rest in grey
     try:  # a camera's orientation tag must not turn the picture: the robot's node would not
-        pixels = cv2.imdecode(np.asarray(data), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
+        pixels = None if cut else cv2.imdecode(np.asarray(data), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
     except cv2.error:  # an empty buffer
         pixels = None
     if pixels is None:

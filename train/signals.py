@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
+from array import array
 from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from bags import Bag, Message, read_messages
-from config import Fault, Signal
+from config import Signal
+from strict import Fault
 
 MAX_SKEW_NS = 1_000_000_000  # a header stamp this far from its receive stamp is of another clock
 JOINT_STATE, TRAJECTORY = "sensor_msgs/msg/JointState", "trajectory_msgs/msg/JointTrajectory"
@@ -20,7 +21,6 @@ IMAGES = ("sensor_msgs/msg/Image", "sensor_msgs/msg/CompressedImage")
 class Series(NamedTuple):
     """One topic of one bag over time."""
 
-    msgtype: str
     stamps: np.ndarray  # (M,) int64, ns, never falling
     clock: str  # "header", or "receive (why not header)"
     values: dict[Signal, np.ndarray]  # (M, K) float64 each; none for a camera
@@ -35,18 +35,16 @@ def read_series(bag: Bag, signals: Collection[Signal], cameras: Collection[str])
     by_topic: dict[str, list[Signal]] = {topic: [] for topic in cameras}
     for signal in signals:
         by_topic.setdefault(signal.topic, []).append(signal)
-    stamps: dict[str, list[tuple[int, int]]] = {topic: [] for topic in by_topic}
-    numbers: dict[Signal, list[np.ndarray]] = {signal: [] for signal in signals}
-    pick = {signal: _Picker(signal) for signal in signals}
-    msgtypes: dict[str, str] = {}
+    receive = {topic: array("q") for topic in by_topic}
+    header = {topic: array("q") for topic in by_topic}
+    picked = {signal: _Picked(signal) for signal in signals}
     faults: list[str] = []
     broken: set[str | Signal] = set()  # one fault each is enough
     try:
         for message in read_messages(bag, by_topic):
-            header = getattr(message.content, "header", None)
-            stamps[message.topic].append(
-                (message.receive_ns, header.stamp.sec * 10**9 + header.stamp.nanosec if header else 0)
-            )
+            stamp = getattr(getattr(message.content, "header", None), "stamp", None)
+            receive[message.topic].append(message.receive_ns)
+            header[message.topic].append(stamp.sec * 10**9 + stamp.nanosec if stamp else 0)
             if message.topic in cameras and message.msgtype not in IMAGES and message.topic not in broken:
                 broken.add(message.topic)
                 faults.append(
@@ -55,74 +53,81 @@ def read_series(bag: Bag, signals: Collection[Signal], cameras: Collection[str])
             for signal in by_topic[message.topic]:
                 if signal not in broken:
                     try:
-                        numbers[signal].append(pick[signal](message))
+                        picked[signal].add(message)
                     except Fault as fault:
                         broken.add(signal)
                         faults += fault.args
-            msgtypes[message.topic] = message.msgtype
     except Fault as fault:
         faults += fault.args
     if faults:
         raise Fault(*faults)
     series = {}
     for topic in by_topic:
-        receive, header_ns = np.array(stamps[topic], np.int64).T
-        clock = _clock(receive, header_ns)
-        chosen = header_ns if clock == "header" else receive
-        if np.any(np.diff(chosen) < 0):
-            at = int(np.argmax(np.diff(chosen) < 0)) + 1
+        stamps, clock = _clock(np.array(receive[topic], np.int64), np.array(header[topic], np.int64))
+        if np.any(np.diff(stamps) < 0):
+            at = int(np.argmax(np.diff(stamps) < 0)) + 1
             faults.append(
                 f"{bag.name}: {topic}: time runs backwards at message {at}; its files overlap in time or are out of order"
             )
-        values = {}
-        for signal in by_topic[topic]:
-            lengths = Counter(map(len, numbers[signal]))
-            if len(lengths) > 1:
-                faults.append(
-                    f"{bag.name}: {topic}: {signal.field or 'the array'} has {' and '.join(map(str, lengths))} numbers; "
-                    "expected the same in every message; pick some by `index`"
-                )
-                continue
-            values[signal] = np.array(numbers[signal], np.float64)
-            bad = ~np.isfinite(values[signal])
+        values = {signal: picked[signal].values() for signal in by_topic[topic]}
+        for signal, rows in values.items():
+            bad = ~np.isfinite(rows)
             if bad.any():
                 row, column = np.argwhere(bad)[0]
                 faults.append(
-                    f"{bag.name}: {topic}: {pick[signal].names[column]} is {values[signal][row, column]} at "
-                    f"t+{(chosen[row] - chosen[0]) / 1e9:.3f} s ({bad.any(1).sum()} messages have such a value); "
+                    f"{bag.name}: {topic}: {picked[signal].names[column]} is {rows[row, column]} at "
+                    f"t+{(stamps[row] - stamps[0]) / 1e9:.3f} s ({bad.any(1).sum()} messages have such a value); "
                     "expected finite numbers; cut the recording or leave this joint out"
                 )
-        series[topic] = Series(msgtypes[topic], chosen, clock, values, {s: pick[s].names for s in values})
+        series[topic] = Series(stamps, clock, values, {signal: picked[signal].names for signal in values})
     if faults:
         raise Fault(*faults)
     return series
 
 
-def _clock(receive: np.ndarray, header: np.ndarray) -> str:
+def _clock(receive: np.ndarray, header: np.ndarray) -> tuple[np.ndarray, str]:
     """Header stamps where all of them can be trusted, else receive stamps and why."""
     if not header.all():
-        return "receive (no header stamp)" if not header.any() else "receive (some header stamps are zero)"
+        return receive, f"receive ({'some header stamps are zero' if header.any() else 'no header stamp'})"
     if np.any(np.diff(header) < 0):
-        return "receive (header stamps run backwards)"
+        return receive, "receive (header stamps run backwards)"
     skew = int(np.abs(header - receive).max())
-    return "header" if skew < MAX_SKEW_NS else f"receive (header stamps are up to {skew / 1e9:.2f} s off)"
+    if skew >= MAX_SKEW_NS:
+        return receive, f"receive (header stamps are up to {skew / 1e9:.2f} s off)"
+    return header, "header"
 
 
-class _Picker:
-    """From a message to the numbers (K,) of one signal, remembering their names and where they stand."""
+class _Picked:
+    """The numbers of one signal, message after message, with their names and where they stand in a message."""
 
     def __init__(self, signal: Signal) -> None:
         self.signal = signal
         self.names: tuple[str, ...] = ()
         self.order: np.ndarray | None = None
         self.order_of: list[str] | None = None
+        self.rows = array("d")  # flat: a list of arrays would take six times the memory
 
-    def __call__(self, message: Message) -> np.ndarray:
+    def add(self, message: Message) -> None:
+        before, row = self.names, self._pick(message)
+        if before and len(before) != len(row):
+            raise Fault(
+                f"{message.place}: {self.signal.field or 'the array'} has {len(row)} numbers, {len(before)} before; "
+                "expected the same in every message; pick some by `index`"
+            )
+        self.rows.frombytes(row.tobytes())
+
+    def values(self) -> np.ndarray:
+        """(M, K) float64."""
+        return np.array(self.rows).reshape(-1, len(self.names))
+
+    def _pick(self, message: Message) -> np.ndarray:
+        """(K,) float64 of one message."""
         signal, content = self.signal, message.content
         field = signal.field or self._usual_field(message)
         numbers, leaves = _numbers(_follow(content, field, message.place), field, message.place)
         named = list(getattr(content, "name", None) or getattr(content, "joint_names", None) or [])
-        if message.msgtype in (JOINT_STATE, TRAJECTORY):
+        of_joints = message.msgtype in (JOINT_STATE, TRAJECTORY)
+        if of_joints:
             leaves = named or leaves
         elif signal.joints:
             raise Fault(
@@ -142,7 +147,7 @@ class _Picker:
                 else (f"{joint}.{field.split('.')[-1]}" for joint in signal.joints)
             )
             return numbers[self.order]
-        if named and message.msgtype in (JOINT_STATE, TRAJECTORY):
+        if named and of_joints:
             raise Fault(
                 f"{message.place}: say which joints to take, and in which order, by `joints`; there are: {', '.join(named)}"
             )
@@ -152,7 +157,7 @@ class _Picker:
                     f"{message.place}: index {max(signal.index)} is beyond the {len(numbers)} numbers of {field}"
                 )
             self.order = np.array(signal.index)
-        elif message.msgtype in (JOINT_STATE, TRAJECTORY):
+        elif of_joints:
             raise Fault(
                 f"{message.place}: name[] is empty; if the order of the {len(numbers)} joints is known, "
                 f"take them by place: index: {list(range(len(numbers)))}"
@@ -197,7 +202,7 @@ def _follow(content: Any, field: str, place: str) -> Any:
             there = [f.name for f in dataclasses.fields(content)] if dataclasses.is_dataclass(content) else []
             there = [name for name in there if name != "__msgtype__"]
             raise Fault(
-                f"{place}: field {field}: there is no {step}; there are: {', '.join(there) or f'{len(content)} elements'}"
+                f"{place}: field {field}: there is no {step}; there are: {', '.join(there) or f'{np.size(content)} elements'}"
             ) from None
     return content
 

@@ -1,4 +1,4 @@
-"""YAML as a strict difference onto frozen dataclasses: unknown keys, wrong types and impossible values are faults.
+"""Faults, and YAML as a strict difference onto frozen dataclasses, in which all that is wrong is a fault.
 
 Every fault is collected, with its dotted key, the value found, what was expected and the nearest right name.
 """
@@ -8,10 +8,14 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import os
 import re
+import signal
+import sys
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +27,20 @@ class Fault(Exception):
 
     def __str__(self) -> str:
         return "\n".join(str(line) for line in self.args)
+
+
+@contextmanager
+def told_plainly() -> Iterator[None]:
+    """The edge of a script: a Fault, a full disk or a stop ends it with a message and an exit code, not a traceback."""
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that what is half written is removed
+    try:
+        yield
+    except Fault as fault:
+        sys.exit("\n".join(f"error: {line}" for line in fault.args))
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except OSError as error:
+        sys.exit(f"error: {error.filename or 'a file'}: {error.strerror}; is the disk full, or the folder not yours?")
 
 
 def setting(
@@ -62,8 +80,8 @@ def anchor_paths(tree: Any, kind: type, folder: Path) -> None:
             continue
         if dataclasses.is_dataclass(hint):
             anchor_paths(tree[key], typing.cast(type, hint), folder)
-        elif hint is Path and isinstance(tree[key], str) and tree[key]:
-            tree[key] = str((folder / Path(tree[key]).expanduser()).resolve())
+        elif hint is Path and isinstance(tree[key], str) and tree[key] and "\0" not in tree[key]:
+            tree[key] = str((folder / os.path.expanduser(tree[key])).resolve())  # noqa: PTH111 -- Path's raises
 
 
 def build(kind: type, tree: Any, key: str, faults: list[str]) -> Any:
@@ -111,14 +129,16 @@ def _value(hint: Any, value: Any, key: str, bounds: Mapping[str, Any], faults: l
             _value(str, name, f"{key} (a name)", {}, faults): _value(inner[1], item, f"{key}.{name}", bounds, faults)
             for name, item in value.items()
         }
-    if hint is float and isinstance(value, str) and re.fullmatch(r"[-+]?[\d.]+[eE][-+]?\d+", value):
+    if hint is float and isinstance(value, str) and re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+", value):
         value = float(value)  # YAML 1.1 takes 1e-5 for a string
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    if hint is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63:
         value = float(value)
     expected = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", Path: "a path"}[hint]
     if not isinstance(value, str if hint is Path else hint) or (hint is int and isinstance(value, bool)) or value == "":
         faults.append(f"{key}: expected {expected}, found {value!r}")
         return value
+    if hint is Path and "\0" in value:
+        faults.append(f"{key}: expected a path, found one with a zero byte in it: {value!r}")
     if isinstance(value, float) and not math.isfinite(value):
         faults.append(f"{key}: expected a finite number, found {value}")
     least, above, below = (bounds.get(name) for name in ("least", "above", "below"))

@@ -12,12 +12,12 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
+import shutil
 import signal
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -29,9 +29,10 @@ from tqdm import tqdm
 import checkpoint
 from act_model import ACT, act_loss, load_imagenet_weights
 from checkpoint import TrainingState
-from config import Config, Fault, Training, dump, load
+from config import Config, Training, dump, load
 from dataset import Batch, Dataset, batches, load_dataset
 from normalize import Normalizer
+from strict import Fault, told_plainly
 
 FIGURES = ("loss", "l1", "kl", "grad_norm")
 VALIDATION_SAMPLES = 512  # spread evenly over the held-out ticks
@@ -68,13 +69,15 @@ def train(config: Config, dataset: Dataset) -> Path:
             if saving or step % settings.log_every == 0:
                 means = _means(window, step)
                 if step % settings.log_every == 0:
-                    log.line(step, means | {"lr": optimizer.param_groups[0]["lr"]})
+                    log.line(step, means | {"lr": optimizer.param_groups[0]["lr"]} | log.rates(step))
                     window.clear()
                 bar.set_postfix(loss=f"{means['loss']:.3f}", refresh=False)
             if dataset.validation.names and (step % settings.evaluate_every == 0 or step == settings.steps):
-                log.line(step, {"validation_l1": validate(model, normalizer, dataset, config, precision)})
+                with log.paused():
+                    log.line(step, {"validation_l1": validate(model, normalizer, dataset, config, precision)})
             if saving:
-                last = checkpoint.save(TrainingState(step, model, optimizer, window), normalizer, config, dataset)
+                with log.paused():
+                    last = checkpoint.save(TrainingState(step, model, optimizer, window), normalizer, config, dataset)
             bar.update()
             if stopped:
                 log.close()
@@ -150,8 +153,12 @@ def _start(config: Config, dataset: Dataset, device: torch.device) -> TrainingSt
     if newest is not None:
         state = checkpoint.restore(newest, state, config, dataset)
         print(f"going on from {newest}")
+    if state.step >= config.training.steps:
+        return state
     try:
         config.output_dir.mkdir(parents=True, exist_ok=True)
+        for half in config.output_dir.glob(".checkpoint_*.tmp"):  # of a run that was killed
+            shutil.rmtree(half)
         writing = config.output_dir / ".config.yaml.tmp"
         writing.write_text(dump(config))
         writing.rename(config.output_dir / "config.yaml")
@@ -189,18 +196,13 @@ class Log:
     """metrics.jsonl, one line each time, and the same figures for TensorBoard where it is installed."""
 
     def __init__(self, folder: Path, step: int) -> None:
-        self.path = folder / "metrics.jsonl"
-        kept = [
-            line
-            for line in (self.path.read_text().splitlines() if self.path.exists() else [])
-            if json.loads(line)["step"] <= step
-        ]
-        writing = self.path.with_name(".metrics.jsonl.tmp")  # what was logged after the checkpoint is done again
-        writing.write_text("".join(line + "\n" for line in kept))
-        writing.rename(self.path)
-        self.file = self.path.open("a", buffering=1)
+        path = folder / "metrics.jsonl"
+        writing = folder / ".metrics.jsonl.tmp"
+        writing.write_text("".join(_lines_until(step, path)))
+        writing.rename(path)
+        self.file = path.open("a", buffering=1)
         self.board: Any = None
-        if _installed("tensorboard"):
+        if find_spec("tensorboard"):
             from torch.utils.tensorboard import SummaryWriter
 
             self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
@@ -216,11 +218,21 @@ class Log:
                 return
             yield batch
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What is done here is not counted as the time of a step."""
+        start = time.perf_counter()
+        yield
+        self.since += time.perf_counter() - start
+
+    def rates(self, step: int) -> dict[str, float]:
+        """Steps a second since the last call, and the share of that time in which the loop waited for data."""
+        elapsed = time.perf_counter() - self.since
+        rates = {"steps_per_s": (step - self.step) / elapsed, "waiting_for_data": self.waited / elapsed}
+        self.step, self.since, self.waited = step, time.perf_counter(), 0.0
+        return rates
+
     def line(self, step: int, figures: dict[str, float]) -> None:
-        if step > self.step:
-            elapsed = time.perf_counter() - self.since
-            figures = figures | {"steps_per_s": (step - self.step) / elapsed, "waiting_for_data": self.waited / elapsed}
-            self.step, self.since, self.waited = step, time.perf_counter(), 0.0
         self.file.write(json.dumps({"step": step, **figures}) + "\n")
         for name, value in figures.items() if self.board else ():
             self.board.add_scalar(name, value, step)
@@ -231,10 +243,14 @@ class Log:
             self.board.close()
 
 
-def _installed(module: str) -> bool:
-    from importlib.util import find_spec
-
-    return find_spec(module) is not None
+def _lines_until(step: int, log: Path) -> Iterator[str]:
+    """The lines of a log up to a checkpoint: what came after it is done again, and a line cut short by a kill is no line."""
+    for line in log.read_text().splitlines() if log.exists() else []:
+        try:
+            if json.loads(line)["step"] <= step:
+                yield line + "\n"
+        except ValueError:
+            continue
 
 
 @contextmanager
@@ -313,19 +329,13 @@ def main() -> None:
     parser.add_argument("--dry-run", action="store_true", help="read and cache every bag, report, do not train")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, such as training.steps=20000")
     arguments = parser.parse_args()
-    try:
+    with told_plainly():
         config = load(arguments.config, arguments.overrides)
         dataset = load_dataset(config)
         print(report(config, dataset), flush=True)
         if not arguments.dry_run:
             last = train(config, dataset)
             print(f"policy: {last / 'pretrained_model'}")
-    except Fault as fault:
-        sys.exit("\n".join(f"error: {line}" for line in fault.args))
-    except OSError as error:
-        sys.exit(
-            f"error: {error.filename or 'a file'}: {os.strerror(error.errno or 0)}; free some space or choose another folder"
-        )
 
 
 if __name__ == "__main__":

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from recordings import CAMERA, COMMAND, MS, START, STATE, Timed, episode, image, joint_state, picture, write
+from recordings import CAMERA, COMMAND, MS, START, STATE, Timed, episode, image, joint_state, jpeg, picture, write
 
 import dataset
 from bags import find_bags
-from config import Config, Fault, load
+from config import Config, load
 from dataset import Dataset, batches, load_dataset
 from episodes import Recording, read_recording
+from strict import Fault
 
 
 def configured(folder: Path, *overrides: str) -> Config:
@@ -51,7 +52,7 @@ def only_recording(folder: Path, *overrides: str) -> Recording:
 def test_each_tick_holds_the_newest_message_not_after_it(tmp_path: Path) -> None:
     write(tmp_path / "bags/one", episode())
     (one,) = only_recording(tmp_path).episodes
-    ticks = 5 * MS + np.arange(len(one.state) + 1) * 50 * MS  # the camera comes last, 5 ms after the joints
+    ticks = 30 * MS + np.arange(len(one.state) + 1) * 50 * MS  # half a tick after the camera, which comes last, at 5 ms
     newest = ticks // (10 * MS)
     expected = np.sin(newest[:, None] / 50 + np.arange(3))
     assert np.allclose(one.state, expected[:-1]) and np.allclose(one.action, expected[1:]), (
@@ -66,12 +67,14 @@ def test_commands_and_deltas(tmp_path: Path) -> None:
     (absolute,) = only_recording(tmp_path, command).episodes
     (delta,) = only_recording(tmp_path, command, "data.action.as=delta").episodes
     (steps,) = only_recording(tmp_path, "data.action.as=delta").episodes
-    i = (5 * MS + np.arange(len(absolute.state)) * 50 * MS) // (20 * MS) * 2
+    i = (30 * MS + np.arange(len(absolute.state)) * 50 * MS) // (20 * MS) * 2
     assert np.allclose(absolute.action, np.sin(i[:, None] / 50 + np.arange(3)) + 0.1)
     assert np.allclose(delta.action, absolute.action - absolute.state, atol=1e-6)
     assert np.allclose(np.cumsum(steps.action, axis=0)[:-1] + steps.state[0], steps.state[1:], atol=1e-5)
     with pytest.raises(Fault, match=r"as many commands as states; found 2 \(a, b\) for 3"):
         only_recording(tmp_path, f"data.action.from=[{{topic: {COMMAND}, joints: [a, b]}}]", "data.action.as=delta")
+    with pytest.raises(Fault, match="give both in one order"):
+        only_recording(tmp_path, f"data.action.from=[{{topic: {COMMAND}, joints: [c, b, a]}}]", "data.action.as=delta")
 
 
 def test_a_gap_splits_the_episode(tmp_path: Path) -> None:
@@ -121,7 +124,7 @@ def test_batches_follow_the_recordings(tmp_path: Path) -> None:
                 "never the next episode's"
             )
             seed = int(data.train.names[0 if tick < data.train.lengths[0] else 1][-1])
-            frame = (tick - (0 if tick < data.train.lengths[0] else data.train.lengths[0])) * 50 // 33
+            frame = ((tick - (0 if tick < data.train.lengths[0] else data.train.lengths[0])) * 50 + 25) // 33
             assert np.abs(batch.images[b, 0].numpy().astype(int) - picture(frame + seed)).mean() < 8, (
                 "the picture of that tick"
             )
@@ -130,6 +133,35 @@ def test_batches_follow_the_recordings(tmp_path: Path) -> None:
     assert late.state.equal(next(itertools.islice(batches(data.train, config, 0), 7, None)).state), (
         "the order needs only the step"
     )
+
+
+def test_a_camera_at_the_rate_of_the_ticks_is_neither_repeated_nor_skipped(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    stamps = START + np.arange(200) * 50 * MS + random.integers(-MS, MS, 200)
+    joints = [
+        (STATE, "sensor_msgs/msg/JointState", int(t), joint_state(int(t), [1, 2, 3]))
+        for t in START + np.arange(1001) * 10 * MS
+    ]
+    camera = [(CAMERA, "sensor_msgs/msg/CompressedImage", int(t), jpeg(int(t), picture(0))) for t in stamps]
+    write(tmp_path / "bags/one", sorted(joints + camera, key=lambda message: message[2]))
+    (one,) = only_recording(tmp_path).episodes
+    assert len(one.state) > 195 and np.all(np.diff(one.frames["color"]) == 1)
+
+
+def test_what_a_topic_keeps_from_being_used_is_said(tmp_path: Path) -> None:
+    write(tmp_path / "bags/one", [m for m in episode(3.0) if m[0] != CAMERA or m[2] < START + 1000 * MS])
+    assert only_recording(tmp_path).notes == [f"{CAMERA} ends early: 2.0 s of other topics are left out"]
+
+
+def test_a_damaged_cache_is_named(tmp_path: Path) -> None:
+    load_dataset(configured(recorded(tmp_path, 1)))
+    for name in ("meta.json", "state.npy", "color.rgb"):
+        (file,) = (tmp_path / "cache").rglob(name)
+        whole = file.read_bytes()
+        file.write_bytes(whole[: len(whole) // 2])
+        with pytest.raises(Fault, match=r"damaged .*remove it and it is made anew"):
+            load_dataset(configured(tmp_path))
+        file.write_bytes(whole)
 
 
 def test_statistics_are_those_of_the_training_recordings(tmp_path: Path) -> None:
