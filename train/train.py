@@ -296,10 +296,8 @@ def report(config: Config, dataset: Dataset) -> str:
         lines.append(
             f"{word}: {len(split.names)} recordings, {len(split.lengths)} episodes, {len(split.state)} samples, "
             f"{len(split.state) / data.fps:.0f} s at {data.fps:g} Hz"
-        )
-    if not dataset.validation.names:
-        lines.append(
-            "held out: nothing, so the policy cannot be judged; record more, or raise data.validation_fraction"
+            if split.names
+            else f"{word}: nothing, so the policy cannot be judged; record more, or raise data.validation_fraction"
         )
     height, width = data.image_size
     lines.append(f"state   ({batch_size}, {len(dataset.state_names)}) {', '.join(dataset.state_names)}")

@@ -1,0 +1,74 @@
+"""The configuration: a strict difference onto the defaults, all faults at once."""
+
+from pathlib import Path
+
+import pytest
+
+import config
+from config import load
+from strict import Fault
+
+
+def test_what_is_written_out_reads_back(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(
+        "data: {bag_dir: bags, fps: 15, action: {from: [{topic: /c, index: [0, 1]}], as: delta}}\n"
+    )
+    one = load(tmp_path / "a.yaml", ["training.lr=1e-4", "data.cameras={}", "output_dir=out"])
+    (tmp_path / "b.yaml").write_text(config.dump(one))
+    assert load(tmp_path / "b.yaml") == one
+    assert one.training.lr == 1e-4 and one.data.fps == 15.0 and one.data.action.from_[0].index == (0, 1)
+    assert one.data.bag_dir == tmp_path / "bags", "relative to the file"
+    assert one.output_dir == Path.cwd() / "out", "relative to the working folder"
+
+
+def test_the_shipped_configurations_are_valid() -> None:
+    folder = Path(config.__file__).parent
+    shipped = load(folder / "config.yaml")
+    assert shipped == config.Config(), "config.yaml says the defaults aloud"
+    assert load(folder / "demo.yaml").data.cameras
+
+
+@pytest.mark.parametrize(
+    ("yaml", "words"),
+    [
+        ("data: {camras: {}}", ["data.camras", "unknown", "data.cameras"]),
+        ("training: {steps: many}", ["training.steps", "whole number", "many"]),
+        ("training: {steps: true}", ["training.steps", "whole number"]),
+        ("data: {fps: 0}", ["data.fps", "above 0"]),
+        ("data: {image_size: [240]}", ["data.image_size", "list of 2"]),
+        ("model: {n_heads: 7}", ["model.n_heads", "512"]),
+        ("model: {chunk_size: 10}", ["model.n_action_steps", "100", "10"]),
+        ("model: {dropout: 1.0}", ["model.dropout", "below 1"]),
+        ("data: {state: [{topic: /j, joints: [a, a]}]}", ["data.state[0].joints", "twice"]),
+        ("data: {state: []}", ["data.state", "at least one"]),
+        ("data: {state: [{joints: [a]}]}", ["data.state[0].topic", "missing"]),
+        ("data: {action: {as: relative}}", ["data.action.as", "absolute or delta", "relative"]),
+        ("data: {action: {from: here}}", ["data.action.from", "next_state", "here"]),
+        ("data: {cameras: {a.b: /c}}", ["data.cameras.a.b", "letters"]),
+        ("data: {max_age_ms: {/nowhere: 5}}", ["data.max_age_ms./nowhere", "/joint_states"]),
+        ("training: {lr: .nan}", ["training.lr", "finite"]),
+        ("training: {device: gpu}", ["training.device", "cuda:N"]),
+        ("training: {lr: 1, lr: 2}", ["lr", "twice"]),
+        ("a: [", ["not valid YAML"]),
+        ("- 1", ["mapping"]),
+    ],
+)
+def test_a_fault_names_key_value_and_cure(tmp_path: Path, yaml: str, words: list[str]) -> None:
+    (tmp_path / "c.yaml").write_text(yaml)
+    with pytest.raises(Fault) as caught:
+        load(tmp_path / "c.yaml")
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_all_faults_at_once(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("data: {fps: -1, bags: x}\nmodel: {dim_model: 1.5}\n")
+    with pytest.raises(Fault) as caught:
+        load(tmp_path / "c.yaml", ["training.stepz=3", "training.lr"])
+    assert len(caught.value.args) == 5
+
+
+def test_the_table_in_the_readme_is_the_dataclasses() -> None:
+    written = [line for line in (config.ROOT / "README.md").read_text().splitlines() if line.startswith("| `")]
+    assert written == [
+        f"| `{key}` | {f'`{default}`' if default else ''} | {reason} |" for key, default, reason in config.rows()
+    ]
