@@ -173,7 +173,9 @@ def main() -> None:
         dataset = load_dataset(config, held_out=policy.robot["recordings"]["validation"])
         errors = evaluate(policy, config, dataset)
         moments, ahead = errors.policy.shape[:2]
-        print(f"{len(dataset.validation.names)} held-out recordings, {moments} moments, {ahead} ticks ahead")
+        print(
+            f"{len(dataset.validation.names)} held-out recordings, {moments} moments, {ahead} ticks ahead; units as recorded (joints: rad)"
+        )
         print(table(errors, dataset.action_names))
         out = folder.parent / "evaluation" / folder.name
         out.mkdir(parents=True, exist_ok=True)

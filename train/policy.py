@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import checkpoint
+import pretrained
 from act_model import ACT
 from normalize import Normalizer
 from strict import Fault
@@ -30,7 +30,7 @@ class Policy:
     @classmethod
     def load(cls, folder: str | Path, device: str = "cpu") -> Policy:
         """From a pretrained_model folder of ours or of LeRobot >= 0.4.0. Raises Fault."""
-        found = checkpoint.load(Path(folder))
+        found = pretrained.load(Path(folder))
         return cls(found.model.to(device), found.normalizer.to(torch.device(device)), found.image_size, found.robot)
 
     @torch.inference_mode()

@@ -1,0 +1,222 @@
+"""pretrained_model/: a policy in the format of LeRobot >= 0.4.0, read and written. No pickle.
+
+config.json, model.safetensors, and the two processors with their statistics are LeRobot's files;
+robot.json says what a robot must know and LeRobot's files cannot say: it refuses unknown keys and ignores other files.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import platform
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from act_model import ACT
+from config import Config, Model, to_dict
+from normalize import EPS, Moments, Normalizer
+from strict import Fault
+
+if TYPE_CHECKING:  # a robot loads policies without the readers of bags
+    from dataset import Dataset
+
+WEIGHTS = "model.safetensors"
+PREPROCESSOR_STATE = "policy_preprocessor_step_3_normalizer_processor.safetensors"
+POSTPROCESSOR_STATE = "policy_postprocessor_step_0_unnormalizer_processor.safetensors"
+CAMERA = "observation.images."
+NORM_MAP = {"VISUAL": "MEAN_STD", "STATE": "MEAN_STD", "ACTION": "MEAN_STD"}
+OURS = {
+    "n_obs_steps": 1,
+    "vision_backbone": "resnet18",
+    "replace_final_stride_with_dilation": False,
+    "pre_norm": False,
+    "feedforward_activation": "relu",
+}  # what LeRobot offers and this network does not
+
+
+class Pretrained(NamedTuple):
+    """A policy as it stands in pretrained_model/."""
+
+    model: ACT
+    normalizer: Normalizer
+    image_size: tuple[int, int]  # height, width; (0, 0) without a camera
+    robot: dict[str, Any]  # robot.json; empty for LeRobot's own checkpoints
+
+
+def load(folder: Path) -> Pretrained:
+    """A policy out of pretrained_model/, ours or LeRobot's. Raises Fault with all that is wrong with it."""
+    missing = [
+        name
+        for name in ("config.json", WEIGHTS, "policy_preprocessor.json", "policy_postprocessor.json")
+        if not (folder / name).exists()
+    ]
+    if missing:
+        raise Fault(
+            f"{folder}: {', '.join(missing)} missing; expected a pretrained_model folder of this project or of LeRobot >= 0.4.0"
+        )
+    robot = folder / "robot.json"
+    try:
+        written = json.loads((folder / "config.json").read_text())
+        weights = load_file(folder / WEIGHTS)
+        normalizer = _read_normalizer(folder)
+        about = json.loads(robot.read_text()) if robot.exists() else {}
+        inputs, state_dim, action_dim = _read_shapes(folder, written)
+        config = Model(**{f.name: written[f.name] for f in dataclasses.fields(Model) if f.name in written})
+        cameras = [key.removeprefix(CAMERA) for key in inputs if key.startswith(CAMERA)]
+        model = ACT(config, state_dim, action_dim, len(cameras))
+        model.load_state_dict({key.removeprefix("model."): value for key, value in weights.items()})
+        normalizer = normalizer._replace(cameras={camera: normalizer.cameras[camera] for camera in cameras})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise Fault(f"{folder}: is damaged ({type(error).__name__}: {reason}); copy the checkpoint again") from None
+    height, width = next((feature["shape"][1:] for key, feature in inputs.items() if key.startswith(CAMERA)), (0, 0))
+    return Pretrained(model.eval(), normalizer, (height, width), about)
+
+
+def _read_shapes(folder: Path, written: dict[str, Any]) -> tuple[dict[str, Any], int, int]:
+    """The input features and the sizes of state and action in a config.json. Raises Fault where ours is another network."""
+    inputs = written["input_features"]
+    faults = [
+        f"{folder}/config.json: {key} is {written[key]!r}; this network has {value!r}"
+        for key, value in {"type": "act", **OURS}.items()
+        if written.get(key, value) != value
+    ]
+    if len({tuple(feature["shape"]) for key, feature in inputs.items() if key.startswith(CAMERA)}) > 1:
+        faults.append(f"{folder}/config.json: has cameras of several sizes; this project has one size for all")
+    if unknown := [key for key in inputs if key != "observation.state" and not key.startswith(CAMERA)]:
+        faults.append(f"{folder}/config.json: input {', '.join(unknown)} is not known to this network")
+    if "observation.state" not in inputs:
+        faults.append(f"{folder}/config.json: has no observation.state; this network needs one")
+    if faults:
+        raise Fault(*faults)
+    return inputs, inputs["observation.state"]["shape"][0], written["output_features"]["action"]["shape"][0]
+
+
+def _read_normalizer(folder: Path) -> Normalizer:
+    """The statistics of the two processors, wherever their JSON says that they stand."""
+    moments: dict[str, Moments] = {}
+    features: dict[str, Any] = {}
+    for processor, step in (
+        ("policy_preprocessor.json", "normalizer_processor"),
+        ("policy_postprocessor.json", "unnormalizer_processor"),
+    ):
+        steps = json.loads((folder / processor).read_text())["steps"]
+        found = next((one for one in steps if one.get("registry_name") == step), None)
+        if found is None:
+            raise Fault(f"{folder}/{processor}: has no {step}; expected one")
+        other = {kind: norm for kind, norm in found["config"]["norm_map"].items() if norm != "MEAN_STD"}
+        if other:
+            raise Fault(f"{folder}/{processor}: normalises by {other}; expected MEAN_STD")
+        tensors = load_file(folder / Path(found["state_file"]).name)
+        features |= found["config"]["features"]
+        for key in found["config"]["features"]:
+            moments[key] = Moments(tensors[f"{key}.mean"], tensors[f"{key}.std"])
+    cameras = {key.removeprefix(CAMERA): moments[key] for key in features if key.startswith(CAMERA)}
+    return Normalizer(moments["observation.state"], moments["action"], cameras)
+
+
+def save(folder: Path, model: ACT, normalizer: Normalizer, config: Config, robot: dict[str, Any]) -> None:
+    """Write the policy of a run, and robot.json, into a folder that is there."""
+    inputs = {
+        f"{CAMERA}{camera}": {"type": "VISUAL", "shape": [3, *config.data.image_size]} for camera in normalizer.cameras
+    }
+    inputs["observation.state"] = {"type": "STATE", "shape": list(normalizer.state.mean.shape)}
+    outputs = {"action": {"type": "ACTION", "shape": list(normalizer.action.mean.shape)}}
+    network = {key: value for key, value in to_dict(config.model).items() if key != "pretrained_backbone"}
+    write_json(
+        folder / "config.json",
+        {  # LeRobot refuses a key that it does not know
+            "type": "act",
+            "input_features": inputs,
+            "output_features": outputs,
+            "device": "cpu",
+            "use_amp": False,
+            "normalization_mapping": NORM_MAP,
+            **OURS,
+            **network,
+            "pretrained_backbone_weights": None,  # or LeRobot would fetch the ImageNet weights only to overwrite them
+            "temporal_ensemble_coeff": None,
+            "optimizer_lr": config.training.lr,
+            "optimizer_lr_backbone": config.training.lr_backbone,
+            "optimizer_weight_decay": config.training.weight_decay,
+        },
+    )
+    statistics = {
+        "observation.state": normalizer.state,
+        "action": normalizer.action,
+        **{f"{CAMERA}{camera}": one for camera, one in normalizer.cameras.items()},
+    }
+    tensors = {
+        f"{feature}.{name}": getattr(one, name).cpu() for feature, one in statistics.items() for name in ("mean", "std")
+    }
+    save_file(tensors, folder / PREPROCESSOR_STATE)
+    save_file({key: value for key, value in tensors.items() if key.startswith("action.")}, folder / POSTPROCESSOR_STATE)
+    to_device = _step("device_processor", device="cpu", float_dtype=None)
+    normalizing = {"eps": EPS, "norm_map": NORM_MAP}
+    write_json(
+        folder / "policy_preprocessor.json",
+        {
+            "name": "policy_preprocessor",
+            "steps": [
+                _step("rename_observations_processor", rename_map={}),
+                _step("to_batch_processor"),
+                to_device,
+                _step("normalizer_processor", features=inputs | outputs, **normalizing)
+                | {"state_file": PREPROCESSOR_STATE},
+            ],
+        },
+    )
+    write_json(
+        folder / "policy_postprocessor.json",
+        {
+            "name": "policy_postprocessor",
+            "steps": [
+                _step("unnormalizer_processor", features=outputs, **normalizing) | {"state_file": POSTPROCESSOR_STATE},
+                to_device,
+            ],
+        },
+    )
+    save_file(
+        {f"model.{key}": value.contiguous().cpu() for key, value in model.state_dict().items()},
+        folder / WEIGHTS,
+        {"format": "pt"},
+    )
+    write_json(folder / "robot.json", robot)
+
+
+def _step(name: str, **settings: Any) -> dict[str, Any]:
+    return {"registry_name": name, "config": settings}
+
+
+def robot_json(step: int, config: Config, dataset: Dataset) -> dict[str, Any]:
+    """What the robot must know beyond LeRobot's files, and where the policy comes from."""
+    data, (height, width) = config.data, config.data.image_size
+    lerobot = "loads in LeRobot >= 0.4.0" if data.cameras else "cannot be loaded by LeRobot, whose ACT needs a camera"
+    return {
+        "step": step,
+        "lerobot": lerobot,
+        "fps": data.fps,
+        "state": {"names": dataset.state_names, "from": to_dict(data.state)},
+        "action": {"names": dataset.action_names, **to_dict(data.action)},
+        "cameras": {name: {"topic": topic, "height": height, "width": width} for name, topic in data.cameras.items()},
+        "recordings": {
+            "train": {name: dataset.recordings[name] for name in dataset.train.names},
+            "validation": {name: dataset.recordings[name] for name in dataset.validation.names},
+        },
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+            "rosbags": importlib.metadata.version("rosbags"),
+        },
+    }
+
+
+def write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")
