@@ -175,13 +175,9 @@ def _split(recordings: dict[str, Cached], example: Cached) -> Split:
     ticks = [len(one.state) for one in recordings.values()]
     frames = {}
     for camera in example.frames:
-        files, rows = (
-            [one.frames[camera][0] for one in recordings.values()],
-            [one.frames[camera][1] for one in recordings.values()],
-        )
-        frames[camera] = Frames(
-            files, np.repeat(np.arange(len(files), dtype=np.int32), ticks), np.concatenate([*rows, []]).astype(np.int64)
-        )
+        files = [one.frames[camera][0] for one in recordings.values()]
+        rows = [np.zeros(0, np.int64), *(one.frames[camera][1] for one in recordings.values())]
+        frames[camera] = Frames(files, np.repeat(np.arange(len(files), dtype=np.int32), ticks), np.concatenate(rows))
     return Split(
         list(recordings),
         lengths,

@@ -326,7 +326,7 @@ def main() -> None:
     parser.add_argument("--config", type=Path, default=Path(__file__).with_name("config.yaml"), metavar="FILE")
     parser.add_argument("--dry-run", action="store_true", help="read and cache every bag, report, do not train")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, such as training.steps=20000")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     with told_plainly():
         config = load(arguments.config, arguments.overrides)
         dataset = load_dataset(config)

@@ -75,7 +75,7 @@ def assert_bit_equal(one: Path, other: Path) -> None:
 
 def test_from_recordings_to_a_policy(tmp_path: Path) -> None:
     path = tiny(recorded(tmp_path), "training.steps=60", "training.lr=1e-3")
-    dry = run("--config", path, "--dry-run")
+    dry = run("training.steps=70", "--dry-run", "--config", path, "data.fps=20")
     assert "2 recordings, 2 episodes" in dry.stdout and "cache" in dry.stdout and not (tmp_path / "run").exists()
     done = run("--config", path)
     last = tmp_path / "run/checkpoint_000060"
