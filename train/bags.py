@@ -22,7 +22,7 @@ from rosbags import rosbag1, rosbag2
 from rosbags.interfaces import Connection, MessageDefinitionFormat
 from rosbags.typesys import Stores, get_types_from_idl, get_types_from_msg, get_typestore
 
-from strict import Fault
+from faults import Fault
 
 if sys.version_info >= (3, 14):
     from compression import zstd

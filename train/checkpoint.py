@@ -23,9 +23,9 @@ import pretrained
 from act_model import ACT
 from config import Config, to_dict
 from dataset import Dataset
+from faults import Fault
 from normalize import Normalizer
 from pretrained import WEIGHTS, write_json
-from strict import Fault
 
 
 class TrainingState(NamedTuple):

@@ -15,7 +15,8 @@ from typing import Any, Literal
 
 import yaml
 
-from strict import Fault, UniqueKeys, anchor_paths, build, setting, yaml_key
+from faults import Fault
+from strict import UniqueKeys, anchor_paths, build, setting, yaml_key
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -26,8 +26,8 @@ from tqdm import tqdm
 from bags import Bag, find_bags
 from config import Config, Data, to_dict
 from episodes import Recording, read_frames, read_recording
+from faults import Fault
 from normalize import Moments, Normalizer, imagenet, moments
-from strict import Fault
 
 PREFETCH = 4  # batches that are ready before they are asked for
 SOURCES = ("bags.py", "signals.py", "episodes.py", "images.py")  # a change of how bags are read is a new cache

@@ -21,7 +21,7 @@ from rosbags.typesys import Stores, get_typestore
 from rosbags.typesys.stores import ros2_humble as ros
 from tqdm import tqdm
 
-from strict import Fault, told_plainly
+from faults import Fault, told_plainly
 
 Array = NDArray[np.float64]
 Image = NDArray[np.uint8]

@@ -15,9 +15,9 @@ import numpy as np
 
 from bags import Bag, read_messages
 from config import Data, Signal
+from faults import Fault
 from images import resize, to_rgb
 from signals import Series, read_series
-from strict import Fault
 
 WORTH_SAYING_NS = 500_000_000
 DECODERS = 2  # threads that decode pictures; OpenCV lets go of the interpreter while it does

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from config import Config, load
 from dataset import Batch, Dataset, load_dataset
+from faults import Fault, told_plainly
 from policy import Policy
-from strict import Fault, told_plainly
 
 SAMPLES = 1024  # spread evenly over the held-out ticks
 BATCH = 32

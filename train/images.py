@@ -10,7 +10,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from strict import Fault
+from faults import Fault
 
 CHANNELS = {
     "rgb8": 3,

@@ -14,8 +14,8 @@ from torch import Tensor
 
 import pretrained
 from act_model import ACT
+from faults import Fault
 from normalize import Normalizer
-from strict import Fault
 
 
 class Policy:

@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 
 from act_model import ACT
 from config import Config, Model, to_dict
+from faults import Fault
 from normalize import EPS, Moments, Normalizer
-from strict import Fault
 
 if TYPE_CHECKING:  # a robot loads policies without the readers of bags
     from dataset import Dataset

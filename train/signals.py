@@ -11,7 +11,7 @@ import numpy as np
 
 from bags import Bag, Message, read_messages
 from config import Signal
-from strict import Fault
+from faults import Fault
 
 MAX_SKEW_NS = 1_000_000_000  # a header stamp this far from its receive stamp is of another clock
 JOINT_STATE, TRAJECTORY = "sensor_msgs/msg/JointState", "trajectory_msgs/msg/JointTrajectory"

@@ -1,4 +1,4 @@
-"""Faults, and YAML as a strict difference onto frozen dataclasses, in which all that is wrong is a fault.
+"""YAML as a strict difference onto frozen dataclasses: unknown keys, wrong types and impossible values are faults.
 
 Every fault is collected, with its dotted key, the value found, what was expected and the nearest right name.
 """
@@ -10,37 +10,13 @@ import difflib
 import math
 import os
 import re
-import signal
-import sys
 import types
 import typing
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-
-
-class Fault(Exception):
-    """What a user can mend. Each argument is one line: where, the value found, what was expected, what to do."""
-
-    def __str__(self) -> str:
-        return "\n".join(str(line) for line in self.args)
-
-
-@contextmanager
-def told_plainly() -> Iterator[None]:
-    """The edge of a script: a Fault, a full disk or a stop ends it with a message and an exit code, not a traceback."""
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that what is half written is removed
-    try:
-        yield
-    except Fault as fault:
-        sys.exit("\n".join(f"error: {line}" for line in fault.args))
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except OSError as error:
-        sys.exit(f"error: {error.filename or 'a file'}: {error.strerror}; is the disk full, or the folder not yours?")
 
 
 def setting(

@@ -31,8 +31,8 @@ from act_model import ACT, act_loss, load_imagenet_weights
 from checkpoint import TrainingState
 from config import Config, Training, dump, load
 from dataset import Batch, Dataset, batches, load_dataset
+from faults import Fault, told_plainly
 from normalize import Normalizer
-from strict import Fault, told_plainly
 
 FIGURES = ("loss", "l1", "kl", "grad_norm")
 VALIDATION_SAMPLES = 512  # spread evenly over the held-out ticks

@@ -28,8 +28,8 @@ from recordings import (
 import images
 from bags import Bag, find_bags, read_messages
 from config import Signal
+from faults import Fault
 from signals import read_series
-from strict import Fault
 
 SHARED = Path(__file__).parents[3] / "shared/bags"
 JOINT_SIGNAL = Signal(STATE, JOINTS)

@@ -6,7 +6,7 @@ import pytest
 
 import config
 from config import load
-from strict import Fault
+from faults import Fault
 
 
 def test_what_is_written_out_reads_back(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from bags import find_bags
 from config import Config, load
 from dataset import Dataset, batches, load_dataset
 from episodes import Recording, read_recording
-from strict import Fault
+from faults import Fault
 
 
 def configured(folder: Path, *overrides: str) -> Config:

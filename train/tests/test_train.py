@@ -20,8 +20,8 @@ import checkpoint
 import train
 from config import dump, load
 from dataset import load_dataset
+from faults import Fault
 from policy import Policy
-from strict import Fault
 
 SCRIPT = Path(train.__file__)
 SHARED = Path(__file__).parents[3] / "shared/bags"
