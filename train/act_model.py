@@ -10,7 +10,7 @@ Shapes: B batch, T chunk, C cameras, S state, A action, D width, L latent, N tok
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -69,17 +69,19 @@ class ACT(nn.Module):
         images: Tensor | None,
         actions: Tensor | None = None,
         action_is_pad: Tensor | None = None,
+        noise: Tensor | None = None,
     ) -> ACTOutput:
         """Predict the chunk (B, T, A) from state (B, S) and images (B, C, 3, H, W), all of them normalised.
 
-        In training the latent is drawn from what the VAE encoder sees in `actions` (B, T, A), of which
-        `action_is_pad` (B, T) marks the steps past the episode's end; otherwise it is zero, the prior's mean.
+        In training the latent is drawn, by standard normal `noise` (B, L) if given, from what the VAE encoder sees in
+        `actions` (B, T, A), of which `action_is_pad` (B, T) marks the steps past the episode's end; otherwise it is
+        zero, the prior's mean.
         """
         mu = log_sigma_x2 = None
         latent = state.new_zeros(len(state), self.latent_dim)
         if self.training and self.use_vae and actions is not None:
             mu, log_sigma_x2 = self.encode_actions(state, actions, action_is_pad)
-            latent = mu + (log_sigma_x2 / 2).exp() * torch.randn_like(mu)
+            latent = mu + (log_sigma_x2 / 2).exp() * (torch.randn_like(mu) if noise is None else noise)
 
         tokens = torch.stack([self.encoder_latent_input_proj(latent), self.encoder_robot_state_input_proj(state)], 1)
         positions = self.encoder_1d_feature_pos_embed.weight
@@ -119,11 +121,17 @@ class ACT(nn.Module):
 
 
 def act_loss(
-    output: ACTOutput, actions: Tensor, action_is_pad: Tensor, kl_weight: float
+    output: ACTOutput, actions: Tensor, action_is_pad: Tensor, kl_weight: float, real_steps: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss, and its two terms: L1 over the real entries of actions (B, T, A), and the KL divergence to N(0, 1)."""
+    """The loss, and its two terms: L1 over the real entries of actions (B, T, A), and the KL divergence to N(0, 1).
+
+    Where several processes share a batch, `real_steps` () is their mean number of real steps: with it the mean of
+    their losses is the loss of the whole batch.
+    """
     real = ~action_is_pad[..., None]
-    l1 = ((output.actions - actions).abs() * real).sum() / (real.sum() * actions.shape[-1]).clamp_min(1)
+    if real_steps is None:
+        real_steps = real.sum()
+    l1 = ((output.actions - actions).abs() * real).sum() / (real_steps * actions.shape[-1]).clamp_min(1)
     if output.mu is None or output.log_sigma_x2 is None:
         return l1, l1, torch.zeros_like(l1)
     kl = 0.5 * (output.mu**2 + output.log_sigma_x2.exp() - 1 - output.log_sigma_x2).sum(-1).mean()
@@ -252,7 +260,10 @@ class Attention(nn.Module):
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, attend: Tensor | None = None) -> Tensor:
         """Let query (B, M, D) look at key and value (B, N, D) where attend, if given, is true."""
-        inputs = zip((query, key, value), self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3), strict=True)
+        bias_q, bias_k, bias_v = self.in_proj_bias.chunk(3)
+        # the softmax does not see the key's bias: its gradient is rounding noise, which AdamW would take for a direction
+        biases = bias_q, bias_k.detach(), bias_v
+        inputs = zip((query, key, value), self.in_proj_weight.chunk(3), biases, strict=True)
         q, k, v = (F.linear(x, w, b).unflatten(-1, (self.heads, -1)).transpose(1, 2) for x, w, b in inputs)
         rate = self.dropout.rate if self.training else 0.0
         if rate and query.device.type == "cpu":  # where no fused kernel has dropout
@@ -339,6 +350,21 @@ class FrozenBatchNorm(nn.Module):
 
 def normed_conv(x: Tensor, conv: nn.Conv2d, norm: FrozenBatchNorm) -> Tensor:
     """A convolution with its frozen norm folded into weight and bias: two passes over the feature map less."""
+    weight, bias = _folded(conv, norm) if conv.bias is None else (conv.weight, conv.bias)
+    return F.conv2d(x, weight, bias, conv.stride, conv.padding)
+
+
+def _folded(conv: nn.Conv2d, norm: FrozenBatchNorm) -> tuple[Tensor, Tensor]:
     scale = norm.weight * (norm.running_var + 1e-5).rsqrt()
-    bias = norm.bias - norm.running_mean * scale
-    return F.conv2d(x, conv.weight * scale[:, None, None, None], bias, conv.stride, conv.padding)
+    return conv.weight * scale[:, None, None, None], norm.bias - norm.running_mean * scale
+
+
+def fold_norms(backbone: ResNet18) -> None:
+    """Fold the norms into the weights for good: for a network that is neither trained nor saved any more."""
+    pairs: list[Any] = [(backbone.conv1, backbone.bn1)]
+    for block in (module for module in backbone.modules() if isinstance(module, Block)):
+        pairs += [(block.conv1, block.bn1), (block.conv2, block.bn2)]
+        if block.downsample is not None:
+            pairs.append(block.downsample)
+    for conv, norm in pairs:
+        conv.weight, conv.bias = (nn.Parameter(one.detach()) for one in _folded(conv, norm))

@@ -113,8 +113,11 @@ class Model:
 class Training:
     """The optimisation."""
 
+    init_from: Path | None = setting(
+        None, "start a new run from this policy's weights: a checkpoint or pretrained_model folder, ours or LeRobot's"
+    )
     steps: int = setting(100_000, "optimizer steps", least=1)
-    batch_size: int = setting(8, "samples a step", least=1)
+    batch_size: int = setting(8, "samples a step, on each GPU", least=1)
     lr: float = setting(1e-5, "AdamW rate of the transformers; ACT's own", above=0)
     lr_backbone: float = setting(1e-5, "AdamW rate of the ResNet", least=0)
     weight_decay: float = setting(1e-4, "AdamW's, on all parameters", least=0)
@@ -122,6 +125,9 @@ class Training:
     warmup_steps: int = setting(0, "steps over which the rates rise from zero", least=0)
     schedule: Literal["constant", "cosine"] = setting(
         "constant", "`constant` as in ACT, or `cosine` down to zero at the last step"
+    )
+    augment: tuple[Literal["color", "crop", "affine"], ...] = setting(
+        (), "changes of the pictures while training: any of `color`, `crop`, `affine`; needs torchvision"
     )
     precision: Literal["auto", "fp32", "bf16"] = setting(
         "auto", "autocast; `auto` is bf16 on a GPU that has it, else fp32"
@@ -134,7 +140,7 @@ class Training:
     log_every: int = setting(100, "steps between two lines of metrics.jsonl", least=1)
     evaluate_every: int = setting(2000, "steps between two validations", least=1)
     save_every: int = setting(5000, "steps between two checkpoints", least=1)
-    keep_checkpoints: int = setting(3, "newest checkpoints to keep", least=1)
+    keep_checkpoints: int = setting(3, "newest checkpoints to keep, besides the one that validated best", least=1)
     resume: Literal["auto", "never", "must"] = setting(
         "auto", "`auto` goes on from the newest checkpoint of output_dir, `never` starts anew, `must` fails without one"
     )

@@ -28,6 +28,7 @@ from config import Config, Data, to_dict
 from episodes import Recording, read_frames, read_recording
 from faults import Fault
 from normalize import Moments, Normalizer, imagenet, moments
+from ranks import Ranks
 
 PREFETCH = 4  # batches that are ready before they are asked for
 SOURCES = ("bags.py", "signals.py", "episodes.py", "images.py")  # a change of how bags are read is a new cache
@@ -40,6 +41,8 @@ class Batch(NamedTuple):
     images: Tensor | None  # (B, C, H, W, 3) uint8
     action: Tensor  # (B, T, A) float32
     action_is_pad: Tensor  # (B, T) bool: beyond the episode's end, where the last action is repeated
+    noise: Tensor | None = None  # (B, L) float32, standard normal: for the style latent in training
+    real_steps: Tensor | None = None  # () float32, in the chunks of all processes, divided by their number
 
     def to(self, device: torch.device) -> Batch:
         return self._each(lambda x: x.to(device, non_blocking=True))
@@ -48,8 +51,7 @@ class Batch(NamedTuple):
         return self._each(Tensor.pin_memory)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        images = None if self.images is None else change(self.images)
-        return Batch(change(self.state), images, change(self.action), change(self.action_is_pad))
+        return Batch(*(None if x is None else change(x) for x in self))  # type: ignore[arg-type]  # as they were
 
 
 class Frames(NamedTuple):
@@ -81,6 +83,7 @@ class Split(NamedTuple):
     """Recordings that are trained on, or held out: N ticks of all of them, one after the other."""
 
     names: list[str]  # the recordings
+    recording: np.ndarray  # (N,) int32, which of them
     lengths: list[int]  # of the episodes, in ticks
     state: np.ndarray  # (N, S) float32
     action: np.ndarray  # (N, A) float32
@@ -112,6 +115,7 @@ class Dataset(NamedTuple):
     validation: Split
     state_names: tuple[str, ...]
     action_names: tuple[str, ...]
+    picture_sizes: dict[str, list[tuple[int, int]]]  # camera: each height, width in the recordings that are trained on
     recordings: dict[str, dict[str, str]]  # name: file: SHA-256
     notes: dict[str, list[str]]  # name: what there is to say of it
     cache_bytes: int
@@ -157,6 +161,12 @@ def load_dataset(config: Config, held_out: Collection[str] | None = None) -> Dat
         validation=_split({name: one for name, one in cached.items() if name in held_out}, first),
         state_names=tuple(first.meta["state_names"]),
         action_names=tuple(first.meta["action_names"]),
+        picture_sizes={
+            camera: sorted(
+                {tuple(one.meta["picture_sizes"][camera]) for name, one in cached.items() if name not in held_out}
+            )
+            for camera in data.cameras
+        },
         recordings={name: one.meta["files"] for name, one in cached.items()},
         notes={name: one.meta["notes"] for name, one in cached.items()},
         cache_bytes=sum(file.stat().st_size for folder in folders.values() for file in folder.iterdir()),
@@ -173,13 +183,15 @@ def _split(recordings: dict[str, Cached], example: Cached) -> Split:
     """The named recordings, one after the other; shapes are those of the example where there is none."""
     lengths = [length for one in recordings.values() for length in one.meta["episodes"]]
     ticks = [len(one.state) for one in recordings.values()]
+    recording = np.repeat(np.arange(len(recordings), dtype=np.int32), ticks)
     frames = {}
     for camera in example.frames:
         files = [one.frames[camera][0] for one in recordings.values()]
         rows = [np.zeros(0, np.int64), *(one.frames[camera][1] for one in recordings.values())]
-        frames[camera] = Frames(files, np.repeat(np.arange(len(files), dtype=np.int32), ticks), np.concatenate(rows))
+        frames[camera] = Frames(files, recording, np.concatenate(rows))
     return Split(
         list(recordings),
+        recording,
         lengths,
         np.concatenate([example.state[:0], *(one.state for one in recordings.values())]),
         np.concatenate([example.action[:0], *(one.action for one in recordings.values())]),
@@ -243,7 +255,8 @@ def _cache_recording(bag: Bag, data: Data, folder: Path) -> None:
 def _write_recording(bag: Bag, recording: Recording, data: Data, folder: Path) -> None:
     np.save(folder / "state.npy", np.concatenate([episode.state for episode in recording.episodes]))
     np.save(folder / "action.npy", np.concatenate([episode.action for episode in recording.episodes]))
-    wanted = {}
+    wanted: dict[str, np.ndarray] = {}
+    sizes: dict[str, tuple[int, ...]] = {}
     for camera, topic in data.cameras.items():
         wanted[topic], rows = np.unique(
             np.concatenate([episode.frames[camera] for episode in recording.episodes]), return_inverse=True
@@ -251,8 +264,9 @@ def _write_recording(bag: Bag, recording: Recording, data: Data, folder: Path) -
         np.save(folder / f"{camera}.npy", rows)
     files = {topic: (folder / f"{camera}.rgb").open("wb") for camera, topic in data.cameras.items()}
     try:
-        for topic, pixels in read_frames(bag, wanted, data.image_size) if wanted else ():
+        for topic, pixels, size in read_frames(bag, wanted, data.image_size) if wanted else ():
             files[topic].write(pixels.data)
+            sizes[topic] = size
     finally:
         for file in files.values():
             file.close()
@@ -261,6 +275,7 @@ def _write_recording(bag: Bag, recording: Recording, data: Data, folder: Path) -
         "notes": recording.notes,
         "state_names": recording.state_names,
         "action_names": recording.action_names,
+        "picture_sizes": {camera: sizes[topic] for camera, topic in data.cameras.items()},
         "files": {file.name: _sha256(file) for file in bag.files},
     }
     (folder / "meta.json").write_text(json.dumps(meta, indent=2))
@@ -271,16 +286,26 @@ def _sha256(file: Path) -> str:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
 
-def batches(split: Split, config: Config, first_step: int) -> Iterator[Batch]:
-    """The batches of the steps from first_step on, made ahead by one thread.
+def batches(split: Split, config: Config, first_step: int, ranks: Ranks) -> Iterator[Batch]:
+    """This process's share of the batches of the steps from first_step on, made ahead by one thread.
 
-    Each epoch is a permutation that depends on the seed and the epoch alone, so a resumed run needs only its step.
+    Each epoch is a permutation that depends on the seed and the epoch alone, and the latent's noise depends on the seed
+    and the step: a resumed run needs only its step, and n processes see together what one would with n times the batch.
     """
     ticks, size, seed = len(split.state), config.training.batch_size, config.training.seed
+    chunk, whole, share = config.model.chunk_size, size * ranks.world, slice(ranks.rank * size, (ranks.rank + 1) * size)
 
     @functools.lru_cache(maxsize=2)  # a batch may reach into the next epoch
     def order(epoch: int) -> np.ndarray:
         return np.random.default_rng((seed, epoch)).permutation(ticks)
+
+    def make(step: int) -> Batch:
+        chosen = np.array([order(p // ticks)[p % ticks] for p in range(step * whole, (step + 1) * whole)])
+        real_steps = np.minimum(split.end[chosen] - chosen, chunk).sum() / ranks.world
+        noise = np.random.default_rng((seed, step, 1)).standard_normal((whole, config.model.latent_dim), np.float32)
+        return split.gather(chosen[share], chunk, config.data.image_size)._replace(
+            noise=torch.from_numpy(noise[share]), real_steps=torch.tensor(real_steps, dtype=torch.float32)
+        )
 
     ready: queue.Queue[Batch | BaseException] = queue.Queue(PREFETCH)
     stop = threading.Event()
@@ -298,8 +323,7 @@ def batches(split: Split, config: Config, first_step: int) -> Iterator[Batch]:
             for step in range(first_step, config.training.steps):
                 if stop.is_set():
                     return
-                chosen = np.array([order(p // ticks)[p % ticks] for p in range(step * size, (step + 1) * size)])
-                batch = split.gather(chosen, config.model.chunk_size, config.data.image_size)
+                batch = make(step)
                 put(batch.pin_memory() if torch.cuda.is_available() else batch)
         except BaseException as error:
             put(error)

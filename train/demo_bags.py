@@ -1,10 +1,11 @@
 """Record a simulated UR10e reaching for a red disc as rosbag2 folders, one for each episode.
 
     python train/demo_bags.py outputs/demo/bags
-    python train/demo_bags.py outputs/demo/bags --episodes 200 --seed 1
+    python train/demo_bags.py outputs/demo/bags --episodes 400 --seed 1
 
-Only the camera shows where the disc lies; the joints tell nothing of it before the arm moves. An episode depends on the
-seed and its own number alone, so that a larger set begins with the smaller one. Lengths are metres, angles radians; the
+Only the camera shows where the disc lies; the joints tell nothing of it before the arm moves. The joints follow the
+commands, which are recorded too, as a first-order lag does. An episode depends on the seed and its own number alone, so
+that a larger set begins with the smaller one. Lengths are metres, angles radians; the
 world is the robot's base frame: z up, the table at z = 0, the arm stretching towards -x when its shoulder pan is 0.
 """
 
@@ -30,6 +31,7 @@ JointState = ros.sensor_msgs__msg__JointState
 Message = CompressedImage | JointState
 
 JOINT_TOPIC = "/joint_states"
+COMMAND_TOPIC = "/joint_commands"
 CAMERA_TOPIC = "/camera/color/image_raw/compressed"
 JOINTS = ("shoulder_pan_joint", "shoulder_lift_joint", "elbow_joint", "wrist_1_joint", "wrist_2_joint", "wrist_3_joint")
 RECORDED = (2, 1, 0, 3, 4, 5)  # a UR driver publishes the elbow first
@@ -47,6 +49,7 @@ HOVER = 0.17  # flange over disc: the gripper's tips stay clear of it
 GRIPPER = 0.13  # flange to tips
 
 MOVE_S, HOLD_S = 1.62, (0.34, 0.5)  # about 49 ticks of motion and 12 of holding at 30 Hz
+LAG_S = 0.08  # in which a UR's servoing makes good 63 % of a step
 JOINT_HZ, CAMERA_HZ = 125, 30
 FIRST_EPISODE_NS = 1_767_225_600 * 10**9  # 2026-01-01 00:00 UTC
 
@@ -115,6 +118,11 @@ def expert_trajectory(start: Array, goal: Array, seconds: float) -> tuple[Array,
     return position, velocity
 
 
+def follow(q: Array, command: Array, seconds: float) -> Array:
+    """The angles (..., 6) to which an arm at q has come when it was given one command (..., 6) for a time."""
+    return command + (q - command) * np.exp(-seconds / LAG_S)
+
+
 def project(points: Array) -> tuple[Array, Array]:
     """Pixels (N, 2) of the oversampled picture and depths (N,) of points (N, 3), through a pinhole."""
     forward = (CAMERA_TO - CAMERA_AT) / np.linalg.norm(CAMERA_TO - CAMERA_AT)
@@ -172,6 +180,11 @@ def render(q: Array, target: Array) -> Image:
     return cv2.resize(picture, (WIDTH, HEIGHT), interpolation=cv2.INTER_AREA).astype(np.uint8)
 
 
+def camera_jpeg(q: Array, target: Array) -> Image:
+    """The bytes that the camera publishes."""
+    return cv2.imencode(".jpg", render(q, target)[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 95])[1].ravel()
+
+
 def stamps(start: int, end: int, hertz: float, jitter_ns: int, rng: np.random.Generator) -> list[int]:
     """Header stamps from start to end (ns) at a rate with a phase of its own and some jitter."""
     regular = np.arange(rng.uniform(0, 1e9 / hertz), end - start, 1e9 / hertz).astype(np.int64)
@@ -201,9 +214,15 @@ def episode_messages(seed: int, index: int) -> list[tuple[int, str, Message]]:
 
     for stamp in stamps(began, ended, CAMERA_HZ, 1_000_000, rng):
         q, _ = expert_trajectory(start, goal, (stamp - began) / 1e9)
-        jpeg = cv2.imencode(".jpg", render(q, target)[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 95])[1]
-        image = CompressedImage(header(stamp, "camera_color_optical_frame"), "rgb8; jpeg compressed bgr8", jpeg.ravel())
+        jpeg = camera_jpeg(q, target)
+        image = CompressedImage(header(stamp, "camera_color_optical_frame"), "rgb8; jpeg compressed bgr8", jpeg)
         messages.append((stamp + int(rng.integers(3_000_000, 8_000_000)), CAMERA_TOPIC, image))
+
+    rng = np.random.default_rng((seed, index, 1))  # its own: the other topics stay as they were before commands came
+    for stamp in stamps(began, ended, JOINT_HZ, 100_000, rng):
+        q, velocity = expert_trajectory(start, goal, (stamp - began) / 1e9)
+        command = JointState(header(stamp, "base"), list(JOINTS), q + LAG_S * velocity, np.zeros(0), np.zeros(0))
+        messages.append((stamp + int(rng.integers(300_000, 3_000_000)), COMMAND_TOPIC, command))
     return sorted(messages, key=lambda entry: entry[0])
 
 
@@ -215,7 +234,11 @@ def write_bag(folder: Path, seed: int, messages: list[tuple[int, str, Message]])
         bag.set_custom_data("demo_seed", str(seed))
         connections = {
             topic: bag.add_connection(topic, kind.__msgtype__, typestore=TYPES)
-            for topic, kind in ((JOINT_TOPIC, JointState), (CAMERA_TOPIC, CompressedImage))
+            for topic, kind in (
+                (JOINT_TOPIC, JointState),
+                (CAMERA_TOPIC, CompressedImage),
+                (COMMAND_TOPIC, JointState),
+            )
         }
         for received, topic, message in messages:
             bag.write(connections[topic], received, TYPES.serialize_cdr(message, message.__msgtype__))
@@ -248,7 +271,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Record the bags that the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where the bags go, each in a folder of its own")
-    parser.add_argument("--episodes", type=int, default=100, help="default: %(default)s")
+    parser.add_argument("--episodes", type=int, default=200, help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     options = parser.parse_args(arguments)
     with told_plainly():

@@ -149,8 +149,13 @@ def _runs(mask: np.ndarray) -> list[tuple[int, int]]:
     return [(int(a), int(b)) for a, b in zip(edges[::2], edges[1::2], strict=True)]
 
 
-def read_frames(bag: Bag, wanted: dict[str, np.ndarray], size: tuple[int, int]) -> Iterator[tuple[str, np.ndarray]]:
-    """(topic, RGB (*size, 3) uint8) of the wanted message numbers of each topic, in the bag's order; no other is decoded."""
+def read_frames(
+    bag: Bag, wanted: dict[str, np.ndarray], size: tuple[int, int]
+) -> Iterator[tuple[str, np.ndarray, tuple[int, ...]]]:
+    """(topic, RGB (*size, 3) uint8, its height and width in the bag) of the wanted message numbers of each topic.
+
+    In the bag's order; no other picture is decoded.
+    """
     chosen = {topic: set(map(int, numbers)) for topic, numbers in wanted.items()}
     native: dict[str, tuple[int, ...]] = {}
 
@@ -158,14 +163,16 @@ def read_frames(bag: Bag, wanted: dict[str, np.ndarray], size: tuple[int, int]) 
         pixels = to_rgb(content, place)
         return pixels.shape[:2], resize(pixels, size)
 
-    def finish(topic: str, place: str, job: Future[tuple[tuple[int, ...], np.ndarray]]) -> tuple[str, np.ndarray]:
+    def finish(
+        topic: str, place: str, job: Future[tuple[tuple[int, ...], np.ndarray]]
+    ) -> tuple[str, np.ndarray, tuple[int, ...]]:
         shape, pixels = job.result()
         if native.setdefault(topic, shape) != shape:
             raise Fault(
                 f"{place}: is {shape[1]}x{shape[0]}, the pictures before it {native[topic][1]}x{native[topic][0]}; "
                 "expected one size in a recording: leave it out"
             )
-        return topic, pixels
+        return topic, pixels, shape
 
     count = dict.fromkeys(wanted, 0)
     pending: deque[tuple[str, str, Future[tuple[tuple[int, ...], np.ndarray]]]] = deque()

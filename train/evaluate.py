@@ -1,198 +1,210 @@
-"""Judge a checkpoint on the recordings that were held out from its training.
+"""Judge a checkpoint by recordings that it was not trained on.
 
-    python train/evaluate.py outputs/train-rosbag-act/checkpoint_100000
+    python train/evaluate.py outputs/train-rosbag-act/checkpoint_010000              # those held out from its training
+    python train/evaluate.py outputs/train-rosbag-act/checkpoint_010000 --bags DIR   # all recordings in DIR
+    python train/evaluate.py outputs/train-rosbag-act --all                          # every checkpoint of a run, and the best
+    python train/evaluate.py outputs/demo/run/checkpoint_000700 --simulate 200       # the demonstration's arm, in closed loop
 
-Prints the error of each joint in the robot's units beside that of holding still, and with the camera blanked or of another
-episode: a policy that looks is worse without its eyes. Writes errors.json and pictures into the run's evaluation/ folder.
+Prints the errors in the robot's units beside those of doing nothing clever, and of the same policy without its eyes: one
+that looks is worse without them. Writes evaluation.json and report.html into the run's evaluation/ folder.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import textwrap
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
+import report
+from bags import find_bags
 from config import Config, load
-from dataset import Batch, Dataset, load_dataset
-from faults import Fault, told_plainly
+from dataset import Dataset, load_dataset
+from faults import Fault, Stopped, told_plainly
+from measure import METHODS, UNIT, measure, summary
 from policy import Policy
-
-SAMPLES = 1024  # spread evenly over the held-out ticks
-BATCH = 32
+from run_folder import best_checkpoint, validation, whole_checkpoints
 
 
-class Errors(NamedTuple):
-    """Absolute errors in the robot's units, NaN beyond an episode's end. N samples, T ticks ahead, A actions."""
+def table(found: dict[str, Any]) -> str:
+    """A summary for the terminal, no wider than 100 characters."""
+    errors, ahead, fps = found["mean_absolute_error"], found["ticks_ahead"], found["fps"]
+    headings = [textwrap.wrap(METHODS[method], 12) for method in errors]
+    lines = [
+        f"{len(found['recordings'])} recordings not trained on, {found['moments']} moments, {ahead} ticks ahead at {fps:g} Hz",
+        f"mean absolute error, {found['unit']}",
+        *("".join([" " * 22, *(f"{(words + ['', ''])[row]:>13}" for words in headings)]) for row in (0, 1)),
+    ]
 
-    policy: np.ndarray  # (N, T, A)
-    holding_still: np.ndarray
-    camera_blanked: np.ndarray | None = None  # without a camera
-    camera_of_another: np.ndarray | None = None
+    def row(name: str, values: list[float], form: str = ".4f") -> None:
+        short = name if len(name) <= 22 else "…" + name[-21:]
+        lines.append(f"{short:22}" + "".join(f"{value:13{form}}" for value in values))
 
-
-def evaluate(policy: Policy, config: Config, dataset: Dataset) -> Errors:
-    """The errors of a policy on the held-out recordings. Raises Fault where there are none."""
-    split = dataset.validation
-    if not split.names:
-        raise Fault(
-            "data.validation_fraction: no recording was held out, so there is nothing to judge by; record more, or raise it"
+    for a, name in enumerate(found["actions"]):
+        row(name, [one["by_action"][a] for one in errors.values()])
+    row("all", [one["all"] for one in errors.values()])
+    still = max(errors["holding_still"]["all"], 1e-12)
+    row("of holding still", [one["all"] / still for one in errors.values()], ".0%")
+    for step in horizon(found):
+        row(f"all, {(step + 1) / fps:.2f} s ahead", [one["by_step_ahead"][step] for one in errors.values()])
+    if shares := found["share_of_error_explained_by_vision"]:
+        said = (f"{share:.0%} ({METHODS[method]})" for method, share in shares.items())
+        lines.append(f"share of the error without it that vision explains: {', '.join(said)}")
+    if latency := found.get("latency_ms"):
+        lines.append(
+            f"latency {latency['median']:.1f} ms (median), {latency['percentile_95']:.1f} ms (95 %): one observation to its "
+            f"chunk, {latency['device']}"
         )
-    ticks = np.unique(np.linspace(0, len(split.state) - 1, SAMPLES).round().astype(int))
-    found: dict[str, list[Tensor]] = {name: [] for name in Errors._fields}
-    elsewhere = np.roll(ticks, len(ticks) // 2)  # half of the held-out time away
-    for start in range(0, len(ticks), BATCH):
-        batch = split.gather(ticks[start : start + BATCH], config.model.chunk_size, config.data.image_size)
-
-        def error(chunk: Tensor, batch: Batch = batch) -> Tensor:
-            return (chunk - batch.action).abs().masked_fill(batch.action_is_pad[..., None], torch.nan)
-
-        found["policy"].append(error(policy.predict(batch.state, batch.images)))
-        found["holding_still"].append(error(_holding_still(batch, config)))
-        if batch.images is not None:
-            other = split.gather(elsewhere[start : start + BATCH], 1, config.data.image_size)
-            found["camera_blanked"].append(error(policy.predict(batch.state, torch.full_like(batch.images, 128))))
-            found["camera_of_another"].append(error(policy.predict(batch.state, other.images)))
-    return Errors(**{name: torch.cat(parts).numpy() for name, parts in found.items() if parts})
-
-
-def _holding_still(batch: Batch, config: Config) -> Tensor:
-    """Actions (B, T, A) that keep the arm where it is, or keep the command that is in force."""
-    if config.data.action.as_ == "delta":
-        return torch.zeros_like(batch.action)
-    here = batch.state if config.data.action.from_ == "next_state" else batch.action[:, 0]
-    return here[:, None].expand_as(batch.action)
-
-
-def table(errors: Errors, names: tuple[str, ...]) -> str:
-    """Mean absolute error by joint, in the robot's units."""
-    columns = {
-        name.replace("_", " "): np.nanmean(one, axis=(0, 1))
-        for name, one in errors._asdict().items()
-        if one is not None
-    }
-    wide = max(map(len, names), default=0)
-    lines = [f"{'mean absolute error':{max(wide, 19)}}" + "".join(f"{name:>19}" for name in columns)]
-    rows = {name: [column[i] for column in columns.values()] for i, name in enumerate(names)}
-    rows["all"] = [column.mean() for column in columns.values()]
-    for name, values in rows.items():
-        lines.append(f"{name:{max(wide, 19)}}" + "".join(f"{value:19.4f}" for value in values))
-    lines.append(
-        f"{'of holding still':{max(wide, 19)}}" + "".join(f"{value / rows['all'][1]:19.0%}" for value in rows["all"])
-    )
     return "\n".join(lines)
 
 
-def draw(folder: Path, policy: Policy, errors: Errors, config: Config, dataset: Dataset) -> list[Path]:
-    """joints.png: an episode with the chunks drawn; horizon.png: the error ahead; camera.png: what the policy saw there."""
-    import matplotlib
+def horizon(found: dict[str, Any]) -> list[int]:
+    """Five steps ahead to speak of, from the first to the last that some episode reaches."""
+    reached = sum(value is not None for value in found["mean_absolute_error"]["policy"]["by_step_ahead"])
+    return sorted({round(step) for step in np.linspace(0, reached - 1, min(5, reached))})
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
 
-    split, names, fps = dataset.validation, dataset.action_names, config.data.fps
-    length = split.lengths[0]
-    every = max(length // 6, 1)
-    starts = np.arange(0, length, every)
-    batch = split.gather(starts, config.model.chunk_size, config.data.image_size)
-    chunks = policy.predict(batch.state, batch.images).numpy()
-    rows = -(-len(names) // 2)
-    figure, axes = plt.subplots(rows, 2, figsize=(11, 2.2 * rows), sharex=True, squeeze=False, layout="constrained")
-    for a, name in enumerate(names):
-        axis = axes.flat[a]
-        axis.plot(np.arange(length) / fps, split.action[:length, a], color="black", linewidth=2, label="recorded")
-        for b, start in enumerate(starts):
-            real = int((~batch.action_is_pad[b]).sum())
-            axis.plot(
-                (start + np.arange(real)) / fps,
-                chunks[b, :real, a],
-                linewidth=1.2,
-                color=f"C{b % 10}",
-                label="predicted chunks" if not b else None,
-            )
-            axis.plot(start / fps, chunks[b, 0, a], "o", markersize=4, color=f"C{b % 10}")
-        axis.set_title(f"{name}, as recorded", fontsize=9)
-        axis.grid(alpha=0.3)
-    for axis in list(axes.flat)[len(names) :]:
-        axis.axis("off")
-    for axis in axes[-1]:
-        axis.set_xlabel("time, s")
-    axes.flat[0].legend(fontsize=8)
-    figure.suptitle(f"held-out recording {split.names[0]}: action recorded and predicted")
-    paths = [folder / "joints.png"]
-    figure.savefig(paths[-1], dpi=110)
-
-    figure, axis = plt.subplots(figsize=(7, 3.6), layout="constrained")
-    for name, one in errors._asdict().items():
-        if one is not None:
-            axis.plot((np.arange(one.shape[1]) + 1) / fps, np.nanmean(one, axis=(0, 2)), label=name.replace("_", " "))
-    axis.set(
-        xlabel="time ahead, s",
-        ylabel="mean absolute error, as recorded",
-        ylim=(0, None),
-        title="error ahead, held-out recordings",
-    )
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
-    paths.append(folder / "horizon.png")
-    figure.savefig(paths[-1], dpi=110)
-
-    if batch.images is not None:
-        cameras = list(split.frames)
-        figure, axes = plt.subplots(
-            len(cameras),
-            len(starts),
-            figsize=(2 * len(starts), 1.9 * len(cameras)),
-            squeeze=False,
-            layout="constrained",
+def judge(checkpoint: Path, out: Path, config: Config, dataset: Dataset, device: str) -> tuple[dict[str, Any], str]:
+    """Judge a checkpoint and write all that there is to show into a folder; the figures, and where the rest is."""
+    policy = Policy.load(checkpoint / "pretrained_model", device)
+    judgement = measure(policy, config, dataset.validation)
+    found = summary(checkpoint.name, judgement)
+    write(out / "evaluation.json", json.dumps(found, indent=1) + "\n")
+    if not find_spec("matplotlib"):
+        return (
+            found,
+            f"figures: {out}/evaluation.json; no page with pictures, it takes matplotlib: pip install matplotlib",
         )
-        for c, camera in enumerate(cameras):
-            for b, start in enumerate(starts):
-                axes[c, b].imshow(batch.images[b, c].numpy())
-                axes[c, b].set_title(f"{camera}, {start / fps:.1f} s", fontsize=8)
-                axes[c, b].axis("off")
-        paths.append(folder / "camera.png")
-        figure.savefig(paths[-1], dpi=110)
-    plt.close("all")
-    return paths
+    write(out / "report.html", report.page(checkpoint, judgement, found))
+    return found, f"page: {out}/report.html"
+
+
+def judge_at_the_end(last: Path, config: Config, dataset: Dataset, device: str) -> None:
+    """Judge a run's last checkpoint, and its best if that is another. What fails here is said, and fails no training."""
+    best = best_checkpoint(last.parent)
+    for checkpoint in dict.fromkeys([last, best[0] if best else last]):
+        again = f"judge it by: python {__file__} {checkpoint}"
+        try:
+            found, where = judge(checkpoint, last.parent / "evaluation" / checkpoint.name, config, dataset, device)
+        except (KeyboardInterrupt, SystemExit):
+            raise Stopped(f"the policy is trained; stopped while judging {checkpoint.name}; {again}") from None
+        except Exception as error:
+            print(
+                f"not judged: {checkpoint.name}: {' '.join(str(error).split())[:300]} ({type(error).__name__}); {again}"
+            )
+            continue
+        ours = found["mean_absolute_error"]["policy"]["all"]
+        print(
+            f"{'best' if best and checkpoint == best[0] else 'last'}: {checkpoint.name}, mean absolute error {ours:.4f}, {UNIT}, "
+            f"{found['share_of_holding_still']:.0%} of holding still"
+        )
+        print(where, flush=True)
+
+
+def write(path: Path, text: str) -> None:
+    """A file under a temporary name, renamed when whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    writing = path.with_name(f".{path.name}.tmp")
+    writing.write_text(text)
+    writing.rename(path)
+
+
+def compare(run: Path, config: Config, dataset: Dataset, device: str) -> tuple[list[dict[str, Any]], str]:
+    """Every whole checkpoint of a run by the same recordings: their figures and a table that names the best.
+
+    The best has the least error in standard deviations, in which an arm's radians and a gripper's millimetres weigh alike.
+    """
+    all_: list[dict[str, Any]] = []
+    for checkpoint in whole_checkpoints(run):
+        policy = Policy.load(checkpoint / "pretrained_model", device)
+        judgement = measure(policy, config, dataset.validation, controls=False)
+        found = summary(checkpoint.name, judgement)
+        figure = validation(checkpoint)
+        all_.append(found | {"validation_l1": figure if np.isfinite(figure) else None})
+    best = min(all_, key=lambda one: one["in_standard_deviations"])
+    lines = [
+        f"{len(dataset.validation.names)} recordings not trained on, {best['moments']} moments; mean absolute error, {UNIT}",
+        f"{'':20}{'error':>12}{'of holding':>12}{'first step':>12}{'last step':>12}{'in standard':>13}{'validated':>12}",
+        f"{'':20}{'':>12}{'still':>12}{'':>12}{'ahead':>12}{'deviations':>13}{'in training':>12}",
+    ]
+    for one in all_:
+        policy_error = one["mean_absolute_error"]["policy"]
+        first, last = (policy_error["by_step_ahead"][step] for step in (0, horizon(one)[-1]))
+        validated = "" if one["validation_l1"] is None else f"{one['validation_l1']:.4f}"
+        lines.append(
+            f"{one['checkpoint']:20}{policy_error['all']:12.4f}{one['share_of_holding_still']:12.0%}{first:12.4f}"
+            f"{last:12.4f}{one['in_standard_deviations']:13.4f}{validated:>12}{'  best' if one is best else ''}"
+        )
+    return all_, "\n".join([*lines, f"best: {run / best['checkpoint']}"])
+
+
+def _recordings(policy: Policy, config: Config, bags: Path | None) -> Dataset:
+    """The recordings to judge by, all of them in `validation`. Raises Fault where the policy was trained on one."""
+    if "recordings" not in policy.robot:
+        raise Fault(
+            "robot.json: names no recordings, as in a checkpoint of another program; judge one that train.py wrote"
+        )
+    if bags is None:  # not a new choice: recordings may have come since, and none that was trained on may judge
+        return load_dataset(config, held_out=policy.robot["recordings"]["validation"])
+    config = replace(config, data=replace(config.data, bag_dir=bags.resolve()))
+    if not bags.exists():
+        raise Fault(f"--bags: {bags} does not exist; give a folder of recordings")
+    dataset = load_dataset(config, held_out=[bag.name for bag in find_bags(config.data.bag_dir)[0]])
+    trained = {sha: name for name, files in policy.robot["recordings"]["train"].items() for sha in files.values()}
+    seen = {
+        name: trained[sha] for name, files in dataset.recordings.items() for sha in files.values() if sha in trained
+    }
+    if seen:
+        raise Fault(
+            *(
+                f"--bags: {bags / name}: the policy was trained on it, as {there} (the same SHA-256); leave it out"
+                for name, there in seen.items()
+            )
+        )
+    return dataset
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=Path, help="a checkpoint_NNNNNN folder of a run")
-    folder = parser.parse_args().checkpoint.resolve()
+    parser.add_argument("checkpoint", type=Path, help="a checkpoint_NNNNNN folder of a run; with --all a run's folder")
+    parser.add_argument("--bags", type=Path, metavar="DIR", help="judge by these recordings, all of them")
+    parser.add_argument("--all", action="store_true", help="compare every checkpoint of the run")
+    parser.add_argument("--simulate", type=int, metavar="TRIALS", help="the demonstration's policy in closed loop, too")
+    arguments = parser.parse_args()
+    folder = arguments.checkpoint.resolve()
+    folder = folder.parent if folder.name == "pretrained_model" else folder
+    run = folder.parent if folder.name.startswith("checkpoint_") else folder
     with told_plainly():
-        policy = Policy.load(folder / "pretrained_model")
-        config = load(folder.parent / "config.yaml")
-        # not a new choice: recordings may have come since, and none that was trained on may judge
-        dataset = load_dataset(config, held_out=policy.robot["recordings"]["validation"])
-        errors = evaluate(policy, config, dataset)
-        moments, ahead = errors.policy.shape[:2]
-        print(
-            f"{len(dataset.validation.names)} held-out recordings, {moments} moments, {ahead} ticks ahead; units as recorded (joints: rad)"
-        )
-        print(table(errors, dataset.action_names))
-        out = folder.parent / "evaluation" / folder.name
-        out.mkdir(parents=True, exist_ok=True)
-        means = {
-            name: np.nanmean(one, axis=(0, 1)).tolist() for name, one in errors._asdict().items() if one is not None
-        }
-        (out / "errors.json").write_text(
-            json.dumps({"actions": dataset.action_names, "mean_absolute_error": means}, indent=2) + "\n"
-        )
-        if find_spec("matplotlib"):
-            print(
-                "pictures: "
-                + ", ".join(path.name for path in draw(out, policy, errors, config, dataset))
-                + f" in {out}"
-            )
-        else:
-            print("pictures: none, they need matplotlib: pip install matplotlib")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        if arguments.all or run == folder:
+            best, there = best_checkpoint(run), whole_checkpoints(run)
+            if not there:
+                raise Fault(f"{run}: holds no whole checkpoint; expected a checkpoint_NNNNNN folder, or a run's folder")
+            folder = best[0] if best else there[-1]
+            if not arguments.all:
+                raise Fault(f"{run}: is a run; give one of its checkpoints, such as {folder}, or --all to compare them")
+        config = load(run / "config.yaml")
+        dataset = _recordings(Policy.load(folder / "pretrained_model"), config, arguments.bags)
+        place = f"-{arguments.bags.resolve().name}" if arguments.bags else ""
+        if arguments.all:
+            figures, text = compare(run, config, dataset, device)
+            write(run / f"evaluation/checkpoints{place}.json", json.dumps(figures, indent=1) + "\n")
+            print(text)
+            return
+        out = run / f"evaluation/{folder.name}{place}"
+        found, where = judge(folder, out, config, dataset, device)
+        print(table(found))
+        print(where)
+        if arguments.simulate is not None:
+            from simulate import simulate  # which only the demonstration needs
+
+            print(simulate(Policy.load(folder / "pretrained_model", device), config, arguments.simulate, out))
 
 
 if __name__ == "__main__":

@@ -7,22 +7,34 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+AGAIN = 75  # EX_TEMPFAIL of sysexits.h: nothing to mend, the same command goes on
+
 
 class Fault(Exception):
     """What a user can mend. Each argument is one line: where, the value found, what was expected, what to do."""
+
+    code = 1  # with which a script ends
 
     def __str__(self) -> str:
         return "\n".join(str(line) for line in self.args)
 
 
+class Stopped(Exception):
+    """A run that was asked to stop, and has saved what it had."""
+
+
 @contextmanager
 def told_plainly() -> Iterator[None]:
     """The edge of a script: a Fault, a full disk or a stop ends it with a message and an exit code, not a traceback."""
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that what is half written is removed
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(AGAIN))  # so that what is half written is removed
     try:
         yield
     except Fault as fault:
-        sys.exit("\n".join(f"error: {line}" for line in fault.args))
+        print("\n".join(f"error: {line}" for line in fault.args), file=sys.stderr)
+        sys.exit(fault.code)
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        sys.exit(AGAIN)
     except KeyboardInterrupt:
         sys.exit(130)
     except OSError as error:

@@ -1,23 +1,21 @@
 """pretrained_model/: a policy in the format of LeRobot >= 0.4.0, read and written. No pickle.
 
 config.json, model.safetensors, and the two processors with their statistics are LeRobot's files;
-robot.json says what a robot must know and LeRobot's files cannot say: it refuses unknown keys and ignores other files.
+robot.json and README.md, see card.py, say what LeRobot's files cannot say: it refuses unknown keys and ignores other files.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import json
-import platform
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
-import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
+import card
 from act_model import ACT
 from config import Config, Model, to_dict
 from faults import Fault
@@ -27,6 +25,7 @@ if TYPE_CHECKING:  # a robot loads policies without the readers of bags
     from dataset import Dataset
 
 WEIGHTS = "model.safetensors"
+ROBOT = "robot.json"
 PREPROCESSOR_STATE = "policy_preprocessor_step_3_normalizer_processor.safetensors"
 POSTPROCESSOR_STATE = "policy_postprocessor_step_0_unnormalizer_processor.safetensors"
 CAMERA = "observation.images."
@@ -38,19 +37,25 @@ OURS = {
     "pre_norm": False,
     "feedforward_activation": "relu",
 }  # what LeRobot offers and this network does not
+NOT_OF_THE_NETWORK = ("n_action_steps", "dropout", "kl_weight", "pretrained_backbone")
 
 
 class Pretrained(NamedTuple):
     """A policy as it stands in pretrained_model/."""
 
+    config: Model
     model: ACT
     normalizer: Normalizer
     image_size: tuple[int, int]  # height, width; (0, 0) without a camera
     robot: dict[str, Any]  # robot.json; empty for LeRobot's own checkpoints
 
 
-def load(folder: Path) -> Pretrained:
-    """A policy out of pretrained_model/, ours or LeRobot's. Raises Fault with all that is wrong with it."""
+def load(path: Path) -> Pretrained:
+    """A policy out of pretrained_model/, ours or LeRobot's, or out of the checkpoint that holds one.
+
+    Raises Fault where it is not whole, not finite, or of parts that do not belong together.
+    """
+    folder = path / "pretrained_model" if (path / "pretrained_model").is_dir() else path
     missing = [
         name
         for name in ("config.json", WEIGHTS, "policy_preprocessor.json", "policy_postprocessor.json")
@@ -60,23 +65,108 @@ def load(folder: Path) -> Pretrained:
         raise Fault(
             f"{folder}: {', '.join(missing)} missing; expected a pretrained_model folder of this project or of LeRobot >= 0.4.0"
         )
-    robot = folder / "robot.json"
+    robot = folder / ROBOT
     try:
         written = json.loads((folder / "config.json").read_text())
         weights = load_file(folder / WEIGHTS)
+        with safe_open(folder / WEIGHTS, "pt") as file:
+            ours = (file.metadata() or {}).get("beside") == ROBOT
         normalizer = _read_normalizer(folder)
-        about = json.loads(robot.read_text()) if robot.exists() else {}
+        about = json.loads(robot.read_text()) if ours or robot.exists() else {}
         inputs, state_dim, action_dim = _read_shapes(folder, written)
         config = Model(**{f.name: written[f.name] for f in dataclasses.fields(Model) if f.name in written})
         cameras = [key.removeprefix(CAMERA) for key in inputs if key.startswith(CAMERA)]
         model = ACT(config, state_dim, action_dim, len(cameras))
         model.load_state_dict({key.removeprefix("model."): value for key, value in weights.items()})
         normalizer = normalizer._replace(cameras={camera: normalizer.cameras[camera] for camera in cameras})
+        height, width = next(
+            (feature["shape"][1:] for key, feature in inputs.items() if key.startswith(CAMERA)), (0, 0)
+        )
+        faults = _unfit(weights, normalizer, about, state_dim, action_dim)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         raise Fault(f"{folder}: is damaged ({type(error).__name__}: {reason}); copy the checkpoint again") from None
-    height, width = next((feature["shape"][1:] for key, feature in inputs.items() if key.startswith(CAMERA)), (0, 0))
-    return Pretrained(model.eval(), normalizer, (height, width), about)
+    if faults:
+        raise Fault(*(f"{folder}/{fault}" for fault in faults))
+    return Pretrained(config, model.eval(), normalizer, (height, width), about)
+
+
+def _unfit(
+    weights: dict[str, Tensor], normalizer: Normalizer, robot: dict[str, Any], state_dim: int, action_dim: int
+) -> list[str]:
+    """What no robot may act by, in files that can be read each."""
+    faults = [
+        f"{WEIGHTS}: {key} holds NaN or Inf; expected finite weights; take an earlier checkpoint"
+        for key, value in weights.items()
+        if not value.isfinite().all()
+    ][:3]
+    cameras = {f"{CAMERA}{camera}": (one, (3, 1, 1)) for camera, one in normalizer.cameras.items()}
+    expected = {"observation.state": (normalizer.state, (state_dim,)), "action": (normalizer.action, (action_dim,))}
+    for feature, (one, shape) in (expected | cameras).items():
+        if any(value.shape != shape for value in one):
+            faults.append(
+                f"config.json: {feature} has shape {shape}, its statistics {tuple(one.mean.shape)} and {tuple(one.std.shape)}; "
+                "expected files of one checkpoint: copy it again"
+            )
+        elif not all(value.isfinite().all() for value in one) or (one.std < 0).any():
+            faults.append(f"the statistics of {feature}: are not finite; expected numbers; take another checkpoint")
+    if robot:
+        known = {"state": len(robot["state"]["names"]), "action": len(robot["action"]["names"])}
+        there = [known["state"], known["action"], list(robot["cameras"])]
+        if there != [state_dim, action_dim, list(normalizer.cameras)]:
+            faults.append(
+                f"{ROBOT}: state, action and cameras are {there}, of the network {[state_dim, action_dim, list(normalizer.cameras)]}; "
+                "expected files of one checkpoint: copy it again"
+            )
+        if any(not robot["cameras"][camera]["recorded"] for camera in normalizer.cameras):
+            faults.append(f"{ROBOT}: a camera was recorded at no size; copy the checkpoint again")
+        if robot["action"]["as"] not in ("absolute", "delta") or not robot["fps"] > 0:
+            faults.append(
+                f"{ROBOT}: action as {robot['action']['as']!r} at {robot['fps']!r} Hz; copy the checkpoint again"
+            )
+    return faults
+
+
+def start_from(path: Path, model: ACT, config: Config, dataset: Dataset) -> str:
+    """Give a new network the weights of a policy; what to know of it, in words. Raises Fault where it is another network."""
+    try:
+        found = load(path)
+    except Fault as fault:
+        raise Fault(*(f"training.init_from: {line}" for line in fault.args)) from None
+    network = {
+        "model." + f.name: (getattr(config.model, f.name), getattr(found.config, f.name))
+        for f in dataclasses.fields(Model)
+        if f.name not in NOT_OF_THE_NETWORK
+    }
+    network |= {
+        "data.state, its size": (len(dataset.state_names), len(found.normalizer.state.mean)),
+        "data.action, its size": (len(dataset.action_names), len(found.normalizer.action.mean)),
+        "data.cameras, their number": (len(config.data.cameras), len(found.normalizer.cameras)),
+    }
+    faults = [
+        f"training.init_from: {path}: {key} is {there} there, {here} here; expected the same network: set it to {there}, or "
+        "start without init_from"
+        for key, (here, there) in network.items()
+        if here != there
+    ]
+    if faults:
+        raise Fault(*faults)
+    model.load_state_dict(found.model.state_dict())
+    robot = found.robot or {"state": {}, "action": {}}
+    meaning = {
+        "data.image_size": (config.data.image_size, found.image_size),
+        "data.cameras": (list(config.data.cameras), list(found.normalizer.cameras)),
+        "data.fps": (config.data.fps, robot.get("fps")),
+        "state": (list(dataset.state_names), robot["state"].get("names")),
+        "action": (list(dataset.action_names), robot["action"].get("names")),
+        "data.action.as": (config.data.action.as_, robot["action"].get("as")),
+    }
+    other = [
+        f"; {key} was {'not said' if there is None else there}, is {here}"
+        for key, (here, there) in meaning.items()
+        if here != there
+    ]
+    return f"starting from {path}: its weights, and the statistics of this data{''.join(other)}"
 
 
 def _read_shapes(folder: Path, written: dict[str, Any]) -> tuple[dict[str, Any], int, int]:
@@ -122,7 +212,7 @@ def _read_normalizer(folder: Path) -> Normalizer:
 
 
 def save(folder: Path, model: ACT, normalizer: Normalizer, config: Config, robot: dict[str, Any]) -> None:
-    """Write the policy of a run, and robot.json, into a folder that is there."""
+    """Write the policy of a run, robot.json and its model card into a folder that is there."""
     inputs = {
         f"{CAMERA}{camera}": {"type": "VISUAL", "shape": [3, *config.data.image_size]} for camera in normalizer.cameras
     }
@@ -185,37 +275,14 @@ def save(folder: Path, model: ACT, normalizer: Normalizer, config: Config, robot
     save_file(
         {f"model.{key}": value.contiguous().cpu() for key, value in model.state_dict().items()},
         folder / WEIGHTS,
-        {"format": "pt"},
+        {"format": "pt", "beside": ROBOT},  # so that a copy without it is not taken for LeRobot's own
     )
-    write_json(folder / "robot.json", robot)
+    write_json(folder / ROBOT, robot)
+    (folder / "README.md").write_text(card.in_words(robot))
 
 
 def _step(name: str, **settings: Any) -> dict[str, Any]:
     return {"registry_name": name, "config": settings}
-
-
-def robot_json(step: int, config: Config, dataset: Dataset) -> dict[str, Any]:
-    """What the robot must know beyond LeRobot's files, and where the policy comes from."""
-    data, (height, width) = config.data, config.data.image_size
-    lerobot = "loads in LeRobot >= 0.4.0" if data.cameras else "cannot be loaded by LeRobot, whose ACT needs a camera"
-    return {
-        "step": step,
-        "lerobot": lerobot,
-        "fps": data.fps,
-        "state": {"names": dataset.state_names, "from": to_dict(data.state)},
-        "action": {"names": dataset.action_names, **to_dict(data.action)},
-        "cameras": {name: {"topic": topic, "height": height, "width": width} for name, topic in data.cameras.items()},
-        "recordings": {
-            "train": {name: dataset.recordings[name] for name in dataset.train.names},
-            "validation": {name: dataset.recordings[name] for name in dataset.validation.names},
-        },
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "numpy": np.__version__,
-            "rosbags": importlib.metadata.version("rosbags"),
-        },
-    }
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -56,7 +56,12 @@ def anchor_paths(tree: Any, kind: type, folder: Path) -> None:
             continue
         if dataclasses.is_dataclass(hint):
             anchor_paths(tree[key], typing.cast(type, hint), folder)
-        elif hint is Path and isinstance(tree[key], str) and tree[key] and "\0" not in tree[key]:
+        elif (
+            Path in (hint, *typing.get_args(hint))
+            and isinstance(tree[key], str)
+            and tree[key]
+            and "\0" not in tree[key]
+        ):
             tree[key] = str((folder / os.path.expanduser(tree[key])).resolve())  # noqa: PTH111 -- Path's raises
 
 
@@ -85,6 +90,8 @@ def _value(hint: Any, value: Any, key: str, bounds: Mapping[str, Any], faults: l
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint):
         return build(typing.cast(type, hint), value, key + ".", faults)
+    if value is None and type(None) in inner:
+        return None
     if origin in (typing.Union, types.UnionType):  # a word, or a list
         return _value(inner[1 if isinstance(value, list) else 0], value, key, bounds, faults)
     if origin is Literal:

@@ -3,6 +3,9 @@
     python train/train.py                                   # reads train/config.yaml
     python train/train.py --config my.yaml training.steps=20000 data.fps=15
     python train/train.py --dry-run                         # reads and caches every bag, reports, does not train
+    torchrun --standalone --nproc_per_node 8 train/train.py # a process for each GPU
+
+It ends with 0 when the policy is trained, 1 when there is something to mend, 75 when the same command goes on.
 
 Zhao et al. 2023, "Learning Fine-Grained Bimanual Manipulation with Low-Cost Hardware", arXiv:2304.13705.
 """
@@ -10,53 +13,65 @@ Zhao et al. 2023, "Learning Fine-Grained Bimanual Manipulation with Low-Cost Har
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import shutil
 import signal
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import checkpoint
+import pretrained
+import run_folder
 from act_model import ACT, act_loss, load_imagenet_weights
-from checkpoint import TrainingState
-from config import Config, Training, dump, load
+from augment import Augment
+from checkpoint import FIGURES, TrainingState
+from config import Config, Training, dump, load, to_dict
 from dataset import Batch, Dataset, batches, load_dataset
-from faults import Fault, told_plainly
+from evaluate import judge_at_the_end
+from faults import Fault, Stopped, told_plainly
+from log import Log
 from normalize import Normalizer
+from ranks import Ranks, together
 
-FIGURES = ("loss", "l1", "kl", "grad_norm")
 VALIDATION_SAMPLES = 512  # spread evenly over the held-out ticks
 
 
-def train(config: Config, dataset: Dataset) -> Path:
+def train(config: Config, dataset: Dataset, ranks: Ranks = Ranks()) -> Path:  # noqa: B008 -- a constant
     """Run the optimisation from the newest checkpoint, or from nothing, to the last step; the last checkpoint."""
     settings = config.training
-    device = torch.device(_device(settings.device))
+    device = torch.device(_device(settings.device, ranks))
     torch.set_float32_matmul_precision(settings.matmul_precision)
     torch.manual_seed(settings.seed)
     normalizer = dataset.normalizer().to(device)
-    state = _start(config, dataset, device)
-    model, optimizer, window = state.model, state.optimizer, state.window
     precision = _precision(settings.precision, device)
-    log = Log(config.output_dir, state.step)
-    last = checkpoint.newest_checkpoint(config.output_dir)
+    ranks.agree(
+        **{"kind of device": device.type, "precision": str(precision), "training": to_dict(settings)},
+        **checkpoint.settings_to_keep(config, dataset, ranks.world),
+    )
+    state = _start(config, dataset, device, ranks)
+    model, optimizer, window, held_out = state.model, state.optimizer, state.window, state.held_out
+    augment = Augment(settings.augment, config.data.image_size)
+    shared: ACT | DistributedDataParallel = model
+    if ranks.world > 1:
+        # with its buffers, too: only the first process has the norms of the ImageNet weights
+        shared = DistributedDataParallel(model, process_group=ranks.gradients(device), gradient_as_bucket_view=True)
+    log = Log(config.output_dir, state.step, ranks.first)
 
     with (
         _stop_signals() as stopped,
-        tqdm(total=settings.steps, initial=state.step, unit="step", desc="training") as bar,
+        tqdm(total=settings.steps, initial=state.step, unit="step", desc="training", disable=not ranks.first) as bar,
     ):
-        for step, batch in enumerate(log.waiting(batches(dataset.train, config, state.step)), state.step + 1):
-            loss, figures = _loss(model, normalizer, batch.to(device), config, precision)
+        for step, batch in enumerate(log.waiting(batches(dataset.train, config, state.step, ranks)), state.step + 1):
+            _seed(settings.seed, step, ranks)
+            loss, figures = _loss(shared, normalizer, augment(batch.to(device)), config, precision)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip_norm or math.inf)
@@ -64,39 +79,52 @@ def train(config: Config, dataset: Dataset) -> Path:
             optimizer.step()
             window.append(torch.stack([*figures, norm]).detach())
 
-            ending = step == settings.steps or bool(stopped)
-            saving = ending or step % settings.save_every == 0
+            stopping = ranks.any(bool(stopped))
+            due = step == settings.steps or step % settings.save_every == 0
+            saving = stopping or due
             if saving or step % settings.log_every == 0:
-                means = _means(window, step)
+                means = _means(window, step, ranks)
                 if step % settings.log_every == 0:
                     log.line(step, means | {"lr": optimizer.param_groups[0]["lr"]} | log.rates(step))
                     window.clear()
                 bar.set_postfix(loss=f"{means['loss']:.3f}", refresh=False)
-            if dataset.validation.names and (step % settings.evaluate_every == 0 or step == settings.steps):
+            # not for a stop, which may have seconds: the log is that of a run that was never stopped
+            validating = bool(dataset.validation.names) and (due or step % settings.evaluate_every == 0)
+            if saving or validating:
                 with log.paused():
-                    log.line(step, {"validation_l1": validate(model, normalizer, dataset, config, precision)})
-            if saving:
-                with log.paused():
-                    last = checkpoint.save(TrainingState(step, model, optimizer, window), normalizer, config, dataset)
+                    figure = None
+                    if ranks.first and validating:
+                        figure = validate(model, normalizer, dataset, config, precision)
+                        log.line(step, {"validation_l1": figure})
+                        held_out = {"mean L1 in standard deviations": figure, "at step": step}
+                    if ranks.first and saving:
+                        now = TrainingState(step, model, optimizer, window, held_out)
+                        checkpoint.save(now, normalizer, config, dataset, ranks.world, figure)
+                    ranks.wait()
             bar.update()
-            if stopped:
+            if stopping:
                 log.close()
-                raise SystemExit(f"stopped at step {step}; the same command goes on from {last}")
+                raise Stopped(
+                    f"stopped at step {step}; the same command goes on from {config.output_dir / run_folder.checkpoint_name(step)}"
+                )
     log.close()
-    assert last is not None
-    return last
+    return config.output_dir / run_folder.checkpoint_name(max(state.step, settings.steps))
 
 
 def _loss(
-    model: ACT, normalizer: Normalizer, batch: Batch, config: Config, precision: torch.dtype
+    model: ACT | DistributedDataParallel, normalizer: Normalizer, batch: Batch, config: Config, precision: torch.dtype
 ) -> tuple[Tensor, list[Tensor]]:
     """The loss of a batch, and the loss, its L1 and its KL term for the log."""
     action = normalizer.action.normalize(batch.action)
     with torch.autocast(batch.state.device.type, precision, enabled=precision != torch.float32):
         output = model(
-            normalizer.state.normalize(batch.state), normalizer.images(batch.images), action, batch.action_is_pad
+            normalizer.state.normalize(batch.state),
+            normalizer.images(batch.images),
+            action,
+            batch.action_is_pad,
+            batch.noise,
         )
-    loss, l1, kl = act_loss(output, action, batch.action_is_pad, config.model.kl_weight)
+    loss, l1, kl = act_loss(output, action, batch.action_is_pad, config.model.kl_weight, batch.real_steps)
     return loss, [loss, l1, kl]
 
 
@@ -120,10 +148,12 @@ def validate(model: ACT, normalizer: Normalizer, dataset: Dataset, config: Confi
     return float(total / count)
 
 
-def _start(config: Config, dataset: Dataset, device: torch.device) -> TrainingState:
-    """A new run, or the one in the run's folder at its newest checkpoint."""
-    newest = checkpoint.newest_checkpoint(config.output_dir)
-    resume = config.training.resume
+def _start(config: Config, dataset: Dataset, device: torch.device, ranks: Ranks) -> TrainingState:
+    """A new run, or the one in the first process's folder at its newest checkpoint."""
+    newest = run_folder.newest_checkpoint(config.output_dir) if ranks.first else None
+    for name, lack in run_folder.broken_checkpoints(config.output_dir).items() if ranks.first else ():
+        print(f"{config.output_dir / name}: passed over, it is not whole: {lack}")
+    resume = config.training.resume if ranks.first else "auto"
     if resume == "must" and newest is None:
         raise Fault(
             f"training.resume: must, and {config.output_dir} holds no checkpoint; set output_dir, or training.resume=auto"
@@ -134,7 +164,10 @@ def _start(config: Config, dataset: Dataset, device: torch.device) -> TrainingSt
         )
     cameras = len(config.data.cameras)
     model = ACT(config.model, len(dataset.state_names), len(dataset.action_names), cameras)
-    if config.model.pretrained_backbone and cameras and newest is None:
+    starting = newest is None and ranks.first  # the others get its weights
+    if starting and config.training.init_from:
+        print(pretrained.start_from(config.training.init_from, model, config, dataset), flush=True)
+    elif starting and config.model.pretrained_backbone and cameras:
         try:
             load_imagenet_weights(model)
         except Exception as error:  # torchvision that does not fit torch, no network, a damaged file
@@ -149,11 +182,13 @@ def _start(config: Config, dataset: Dataset, device: torch.device) -> TrainingSt
     optimizer = torch.optim.AdamW(
         [{"params": others}, {"params": backbone}], weight_decay=config.training.weight_decay, fused=True
     )
-    state = TrainingState(0, model, optimizer, [])
+    state = TrainingState(0, model, optimizer, [], {})
     if newest is not None:
-        state = checkpoint.restore(newest, state, config, dataset)
-        print(f"going on from {newest}")
-    if state.step >= config.training.steps:
+        state = checkpoint.restore(newest, state, config, dataset, ranks.world)
+        print(f"going on from {newest}", flush=True)
+    if ranks.world > 1:
+        state = checkpoint.receive(state, ranks)
+    if not ranks.first or (state.step >= config.training.steps and (config.output_dir / "config.yaml").exists()):
         return state
     try:
         config.output_dir.mkdir(parents=True, exist_ok=True)
@@ -167,6 +202,11 @@ def _start(config: Config, dataset: Dataset, device: torch.device) -> TrainingSt
     return state
 
 
+def _seed(seed: int, step: int, ranks: Ranks) -> None:
+    """The random numbers of a step, for dropout: a pure function, so that a resumed run needs only its step."""
+    torch.manual_seed(int(np.random.SeedSequence((seed, step, ranks.rank)).generate_state(1, np.uint64)[0]))
+
+
 def _set_rates(optimizer: torch.optim.Optimizer, settings: Training, step: int) -> None:
     """The learning rates of a step: a pure function, so that a resumed run needs no scheduler."""
     scale = min(1.0, step / settings.warmup_steps) if settings.warmup_steps else 1.0
@@ -176,8 +216,13 @@ def _set_rates(optimizer: torch.optim.Optimizer, settings: Training, step: int) 
         group["lr"] = rate * scale
 
 
-def _means(window: list[Tensor], step: int) -> dict[str, float]:
-    """The mean figures since the last line of the log: here the host waits for the device. Raises Fault if one is not finite."""
+def _means(window: list[Tensor], step: int, ranks: Ranks) -> dict[str, float]:
+    """The mean figures since the last line of the log, over all processes: here the host waits for the device.
+
+    Raises Fault if one is not finite.
+    """
+    if ranks.world > 1:
+        window[:] = ranks.mean(torch.stack(window).cpu()).to(window[0].device)
     figures = torch.stack(window).double().cpu()
     finite = figures.isfinite().all(1)
     if not finite.all():
@@ -190,67 +235,6 @@ def _means(window: list[Tensor], step: int) -> dict[str, float]:
             "or set training.precision=fp32, and run the same command again"
         )
     return dict(zip(FIGURES, figures.mean(0).tolist(), strict=True))
-
-
-class Log:
-    """metrics.jsonl, one line each time, and the same figures for TensorBoard where it is installed."""
-
-    def __init__(self, folder: Path, step: int) -> None:
-        path = folder / "metrics.jsonl"
-        writing = folder / ".metrics.jsonl.tmp"
-        writing.write_text("".join(_lines_until(step, path)))
-        writing.rename(path)
-        self.file = path.open("a", buffering=1)
-        self.board: Any = None
-        if find_spec("tensorboard"):
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
-        self.step, self.since, self.waited = step, time.perf_counter(), 0.0
-
-    def waiting(self, source: Iterator[Batch]) -> Iterator[Batch]:
-        """The batches, with the time that the loop waits for them counted."""
-        while True:
-            start = time.perf_counter()
-            batch = next(source, None)
-            self.waited += time.perf_counter() - start
-            if batch is None:
-                return
-            yield batch
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """What is done here is not counted as the time of a step."""
-        start = time.perf_counter()
-        yield
-        self.since += time.perf_counter() - start
-
-    def rates(self, step: int) -> dict[str, float]:
-        """Steps a second since the last call, and the share of that time in which the loop waited for data."""
-        elapsed = time.perf_counter() - self.since
-        rates = {"steps_per_s": (step - self.step) / elapsed, "waiting_for_data": self.waited / elapsed}
-        self.step, self.since, self.waited = step, time.perf_counter(), 0.0
-        return rates
-
-    def line(self, step: int, figures: dict[str, float]) -> None:
-        self.file.write(json.dumps({"step": step, **figures}) + "\n")
-        for name, value in figures.items() if self.board else ():
-            self.board.add_scalar(name, value, step)
-
-    def close(self) -> None:
-        self.file.close()
-        if self.board:
-            self.board.close()
-
-
-def _lines_until(step: int, log: Path) -> Iterator[str]:
-    """The lines of a log up to a checkpoint: what came after it is done again, and a line cut short by a kill is no line."""
-    for line in log.read_text().splitlines() if log.exists() else []:
-        try:
-            if json.loads(line)["step"] <= step:
-                yield line + "\n"
-        except ValueError:
-            continue
 
 
 @contextmanager
@@ -270,15 +254,21 @@ def _stop_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _device(wanted: str) -> str:
+def _device(wanted: str, ranks: Ranks) -> str:
     device = wanted if wanted != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    if ranks.world > 1 and device.startswith("cuda:"):
+        raise Fault(f"training.device: {wanted}, and torchrun started {ranks.world} processes; set auto or cuda")
+    if device == "cuda":
+        device = f"cuda:{ranks.local}"
     if device.startswith("cuda") and (
         not torch.cuda.is_available() or int(device[5:] or 0) >= torch.cuda.device_count()
     ):
         raise Fault(
-            f"training.device: {wanted}, and torch sees {torch.cuda.device_count()} GPUs; set training.device=auto or cpu, "
-            "or install a torch for your driver"
+            f"training.device: {wanted}, process {ranks.local} of this machine, and torch sees {torch.cuda.device_count()} "
+            "GPUs; set training.device=auto or cpu, start fewer processes, or install a torch for your driver"
         )
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)
     return device
 
 
@@ -321,19 +311,40 @@ def report(config: Config, dataset: Dataset) -> str:
     return "\n".join(lines)
 
 
+def _draw_augmented(config: Config, dataset: Dataset) -> Path:
+    """A picture of what training.augment does to the first moment of the recordings."""
+    first = dataset.train.gather(np.zeros(1, int), 1, config.data.image_size)
+    path = config.output_dir / "augmented.png"
+    if first.images is not None:
+        Augment(config.training.augment, config.data.image_size).draw(first.images[0], path)
+    return path
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=Path(__file__).with_name("config.yaml"), metavar="FILE")
     parser.add_argument("--dry-run", action="store_true", help="read and cache every bag, report, do not train")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, such as training.steps=20000")
     arguments = parser.parse_intermixed_args()
-    with told_plainly():
-        config = load(arguments.config, arguments.overrides)
-        dataset = load_dataset(config)
-        print(report(config, dataset), flush=True)
+    with told_plainly(), together() as ranks:
+        with ranks.one_by_machine():
+            config = load(arguments.config, arguments.overrides)
+            dataset = load_dataset(config)
+        if ranks.first:
+            print(report(config, dataset), flush=True)
+            if config.training.augment and arguments.dry_run:
+                print(f"pictures as augmented: {_draw_augmented(config, dataset)}")
         if not arguments.dry_run:
-            last = train(config, dataset)
-            print(f"policy: {last / 'pretrained_model'}")
+            try:
+                last = train(config, dataset, ranks)
+            except torch.OutOfMemoryError as error:
+                raise Fault(
+                    f"training.batch_size: {config.training.batch_size} samples do not fit into the GPU's memory "
+                    f"({str(error).splitlines()[0][:120]}); lower it, or data.image_size"
+                ) from None
+            if ranks.first:
+                print(f"policy: {last / 'pretrained_model'}", flush=True)
+                judge_at_the_end(last, config, dataset, _device(config.training.device, ranks))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,10 @@ python lerobot_side.py load PRETRAINED_MODEL_DIR OBSERVATION.safetensors OUT.saf
     the action chunk of the checkpoint in this folder, in the robot's units: action
 python lerobot_side.py make DIR OBSERVATION.safetensors OUT.safetensors
     a small checkpoint written by LeRobot itself, an observation for it, and the chunk that it gives: action
+python lerobot_side.py loop PRETRAINED_MODEL_DIR OBSERVATIONS.safetensors [COEFFICIENT] OUT.safetensors
+    the actions (N, A) of select_action for one observation after the other, with temporal ensembling if asked: action
+python lerobot_side.py ensemble COEFFICIENT CHUNKS.safetensors OUT.safetensors
+    the actions (N, A) of its temporal ensembler for chunks (N, T, A): action
 """
 
 from __future__ import annotations
@@ -27,9 +31,10 @@ except RuntimeError:  # its CUDA build beside a CPU torch: the operators that it
     for operator in ("nms", "qnms"):
         torch.library.define(f"torchvision::{operator}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
+from lerobot.configs.policies import PreTrainedConfig
 from lerobot.configs.types import FeatureType, PolicyFeature
 from lerobot.policies.act.configuration_act import ACTConfig
-from lerobot.policies.act.modeling_act import ACTPolicy
+from lerobot.policies.act.modeling_act import ACTPolicy, ACTTemporalEnsembler
 from lerobot.policies.factory import make_pre_post_processors
 
 NOISE_SEED = 7  # both sides set it right before the forward: the latent's noise is their first draw
@@ -63,28 +68,40 @@ def load(directory: str, observation: str, out: str) -> None:
 
 
 def make(directory: str, observation: str, out: str) -> None:
-    torch.manual_seed(1)
     shapes = {
         "observation.state": (6,),
         "observation.images.top": (3, 96, 128),
         "observation.images.wrist": (3, 96, 128),
         "action": (6,),
     }
+    policy = untrained(
+        directory,
+        shapes,
+        chunk_size=10,
+        n_action_steps=7,
+        dim_model=64,
+        n_heads=4,
+        dim_feedforward=128,
+        n_encoder_layers=2,
+        n_vae_encoder_layers=2,
+    )
+    sample = {name: torch.randint(256, (2, *shape)) / 255 for name, shape in shapes.items() if name != "action"}
+    save(sample, observation)
+    save({"action": act(policy, directory, sample)}, out)
+
+
+def untrained(directory: str, shapes: dict[str, tuple[int, ...]], device: str = "cpu", **settings: int) -> ACTPolicy:
+    """A checkpoint for features of these shapes, written by LeRobot itself, with random weights and statistics."""
+    torch.manual_seed(1)
     kinds = {name: "VISUAL" if "images" in name else "STATE" for name in shapes} | {"action": "ACTION"}
     features = {name: PolicyFeature(FeatureType[kinds[name]], shape) for name, shape in shapes.items()}
     output_features = {"action": features.pop("action")}
     config = ACTConfig(
         input_features=features,
         output_features=output_features,
-        device="cpu",
+        device=device,
         pretrained_backbone_weights=None,
-        chunk_size=10,
-        n_action_steps=10,
-        dim_model=64,
-        n_heads=4,
-        dim_feedforward=128,
-        n_encoder_layers=2,
-        n_vae_encoder_layers=2,
+        **settings,
     )
     stats = {}
     for name, shape in shapes.items():
@@ -94,10 +111,29 @@ def make(directory: str, observation: str, out: str) -> None:
     policy.save_pretrained(directory)
     for processor in make_pre_post_processors(config, dataset_stats=stats):
         processor.save_pretrained(directory)
+    return policy
 
-    sample = {name: torch.randint(256, (2, *shape)) / 255 for name, shape in shapes.items() if name != "action"}
-    save(sample, observation)
-    save({"action": act(policy, directory, sample)}, out)
+
+def loop(directory: str, observations: str, *rest: str) -> None:
+    *coefficient, out = rest
+    config = PreTrainedConfig.from_pretrained(directory)
+    if coefficient:
+        config.temporal_ensemble_coeff, config.n_action_steps = float(coefficient[0]), 1
+    policy = ACTPolicy.from_pretrained(directory, config=config, strict=True)
+    preprocess, postprocess = make_pre_post_processors(policy.config, pretrained_path=directory)
+    inputs = load_file(observations)
+    policy.reset()
+    actions = []
+    for i in range(len(inputs["observation.state"])):
+        observation = preprocess({name: tensor[i] for name, tensor in inputs.items()})
+        actions.append(postprocess(policy.select_action(observation))[0])
+    save({"action": torch.stack(actions)}, out)
+
+
+def ensemble(coefficient: str, chunks: str, out: str) -> None:
+    inputs = load_file(chunks)["chunks"]
+    ensembler = ACTTemporalEnsembler(float(coefficient), inputs.shape[1])
+    save({"action": torch.stack([ensembler.update(chunk[None])[0] for chunk in inputs])}, out)
 
 
 def act(policy: ACTPolicy, directory: str, observation: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -112,5 +148,11 @@ def save(tensors: dict[str, torch.Tensor], out: str) -> None:
 
 
 if __name__ == "__main__":
-    commands: dict[str, Callable[..., None]] = {"forward": forward, "load": load, "make": make}
+    commands: dict[str, Callable[..., None]] = {
+        "forward": forward,
+        "load": load,
+        "make": make,
+        "loop": loop,
+        "ensemble": ensemble,
+    }
     commands[sys.argv[1]](*sys.argv[2:])

@@ -6,9 +6,10 @@ import subprocess
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from recordings import COMMAND, episode, write
+from recordings import COMMAND, STATE, episode, write
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_train import tiny
@@ -17,7 +18,8 @@ import train
 from act_model import ACT, FrozenBatchNorm, act_loss
 from config import Model, load
 from dataset import load_dataset
-from policy import Policy
+from faults import Fault
+from policy import Ensembler, Policy
 
 PYTHONS = [python for python in os.environ.get("LEROBOT_PYTHONS", "").split(os.pathsep) if python]
 NOISE_SEED = 7  # lerobot_side.py sets the same right before its forward
@@ -33,7 +35,7 @@ def lerobot_python(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-def run_lerobot(python: str, command: str, *paths: Path) -> tuple[dict[str, torch.Tensor], tuple[int, ...]]:
+def run_lerobot(python: str, command: str, *paths: Path | str) -> tuple[dict[str, torch.Tensor], tuple[int, ...]]:
     """Run a command of lerobot_side.py: the tensors of its last path, and LeRobot's version."""
     script = Path(__file__).with_name("lerobot_side.py")
     done = subprocess.run([python, script, command, *paths], capture_output=True, text=True)
@@ -108,6 +110,46 @@ def test_our_checkpoint_acts_the_same_in_lerobot(lerobot_python: str, tmp_path: 
     theirs, _ = run_lerobot(lerobot_python, "load", folder, tmp_path / "observation", tmp_path / "out")
     assert theirs["action"].shape == (3, 10, 2)
     torch.testing.assert_close(Policy.load(folder).predict(state, images), theirs["action"], atol=1e-5, rtol=0)
+    assert (folder / "README.md").exists(), "the model card, which LeRobot ignores"
+    states, pictures = a_robots_day(3, 2, 48, 64)
+    save_file(as_lerobot(states, pictures, ["color", "wrist"]), tmp_path / "day")
+    for coefficient in (None, 0.01):
+        theirs, _ = run_lerobot(
+            lerobot_python,
+            "loop",
+            folder,
+            tmp_path / "day",
+            *[str(coefficient)] * (coefficient is not None),
+            tmp_path / "out",
+        )
+        ours = acted(Policy.load(folder, ensemble=coefficient), states, pictures)
+        torch.testing.assert_close(ours, theirs["action"], atol=1e-5, rtol=0)
+
+
+def a_robots_day(state_dim: int, cameras: int, height: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """States (200, S) and pictures (200, C, H, W, 3) of a loop of 200 ticks."""
+    ticks = torch.arange(200)[:, None] / 30
+    states = torch.sin(ticks + torch.arange(state_dim))
+    return states, torch.randint(256, (200, cameras, height, width, 3), dtype=torch.uint8)
+
+
+def acted(policy: Policy, states: torch.Tensor, pictures: torch.Tensor) -> torch.Tensor:
+    """What the policy does (N, A) in a loop."""
+    actions = [
+        policy.act({"state": state.numpy(), "images": dict(zip(policy.cameras, shot.numpy(), strict=True))})
+        for state, shot in zip(states, pictures, strict=True)
+    ]
+    return torch.from_numpy(np.stack(actions))
+
+
+@pytest.mark.parametrize("coefficient", ["0.01", "0", "-0.05"])
+def test_ensembling_is_lerobots(lerobot_python: str, tmp_path: Path, coefficient: str) -> None:
+    chunks = torch.randn(250, 100, 6) * 3
+    save_file({"chunks": chunks}, tmp_path / "chunks")
+    theirs, _ = run_lerobot(lerobot_python, "ensemble", coefficient, tmp_path / "chunks", tmp_path / "out")
+    ensembler = Ensembler(float(coefficient), 100)
+    ours = torch.stack([ensembler.update(chunk) for chunk in chunks])
+    torch.testing.assert_close(ours, theirs["action"], atol=1e-6, rtol=0)
 
 
 def test_lerobots_checkpoint_acts_the_same_here(lerobot_python: str, tmp_path: Path) -> None:
@@ -115,5 +157,37 @@ def test_lerobots_checkpoint_acts_the_same_here(lerobot_python: str, tmp_path: P
     observation = load_file(tmp_path / "observation")
     pictures = [observation[f"observation.images.{name}"] for name in ("top", "wrist")]
     images = (torch.stack(pictures, 1).permute(0, 1, 3, 4, 2) * 255).round().to(torch.uint8)
-    chunk = Policy.load(tmp_path / "theirs").predict(observation["observation.state"], images)
+    policy = Policy.load(tmp_path / "theirs")
+    chunk = policy.predict(observation["observation.state"], images)
     torch.testing.assert_close(chunk, theirs["action"], atol=1e-5, rtol=0)
+    assert (policy.action_as, policy.fps, policy.action_names) == ("unknown", None, ())
+    with pytest.raises(Fault, match=r"action_as: the robot has 'absolute', the policy's is unknown \(LeRobot's own"):
+        Policy.load(tmp_path / "theirs", action_as="absolute")
+    with pytest.raises(Fault, match="state by name"):
+        policy.act({"state": dict.fromkeys("abcdef", 0.0), "images": {}})
+    states, shots = a_robots_day(6, 2, 96, 128)
+    save_file(as_lerobot(states, shots, ["top", "wrist"]), tmp_path / "day")
+    theirs, _ = run_lerobot(lerobot_python, "loop", tmp_path / "theirs", tmp_path / "day", tmp_path / "out")
+    torch.testing.assert_close(acted(policy, states, shots), theirs["action"], atol=1e-5, rtol=0)
+
+
+def test_training_goes_on_from_lerobots_checkpoint(lerobot_python: str, tmp_path: Path) -> None:
+    run_lerobot(lerobot_python, "make", tmp_path / "theirs", tmp_path / "observation", tmp_path / "out")
+    for i in range(2):
+        messages = episode(seed=i)
+        wrist = [("/wrist", kind, stamp, content) for topic, kind, stamp, content in messages if topic == "/camera"]
+        write(tmp_path / f"bags/{i}", sorted(messages + wrist, key=lambda message: message[2]))
+    joints = f"[{{topic: {STATE}, joints: [a, b, c]}}, {{topic: {COMMAND}, joints: [a, b, c]}}]"
+    network = {"dim_model": 64, "n_heads": 4, "dim_feedforward": 128, "n_encoder_layers": 2, "n_vae_encoder_layers": 2}
+    path = tiny(
+        tmp_path,
+        "data.cameras={top: /camera, wrist: /wrist}",
+        f"data.state={joints}",
+        f"training.init_from={tmp_path}/theirs",
+        "training.steps=2",
+        *(f"model.{key}={value}" for key, value in network.items()),
+    )
+    config = load(path)
+    last = train.train(config, load_dataset(config))
+    before, after = (load_file(one / "model.safetensors") for one in (tmp_path / "theirs", last / "pretrained_model"))
+    assert 0 < max((before[key] - after[key]).abs().max() for key in before) < 1e-4

@@ -16,12 +16,13 @@ from recordings import COMMAND, episode, write
 from safetensors.torch import load_file
 from test_dataset import configured, recorded
 
-import checkpoint
+import run_folder
 import train
 from config import dump, load
 from dataset import load_dataset
-from faults import Fault
+from faults import Fault, Stopped
 from policy import Policy
+from ranks import Ranks
 
 SCRIPT = Path(train.__file__)
 SHARED = Path(__file__).parents[3] / "shared/bags"
@@ -80,9 +81,16 @@ def test_from_recordings_to_a_policy(tmp_path: Path) -> None:
     done = run("--config", path)
     last = tmp_path / "run/checkpoint_000060"
     assert f"policy: {last}/pretrained_model" in done.stdout
-    assert sorted(p.name for p in (tmp_path / "run").glob("checkpoint_*")) == [
-        f"checkpoint_{n:06d}" for n in (50, 55, 60)
-    ], "the newest three"
+    best = json.loads((tmp_path / "run/best.json").read_text())
+    assert {p.name for p in (tmp_path / "run").glob("checkpoint_*")} == {
+        *(f"checkpoint_{n:06d}" for n in (50, 55, 60)),
+        best["checkpoint"],
+    }, "the newest three, and the best"
+    validated = [
+        line["validation_l1"] for line in logged(tmp_path / "run") if line["step"] % 5 == 0 and "validation_l1" in line
+    ]
+    assert len(validated) == 12 and best["validation_l1"] == min(validated), "each checkpoint is validated"
+    assert (tmp_path / f"run/evaluation/{best['checkpoint']}/evaluation.json").exists()
     losses = [line["loss"] for line in logged(tmp_path / "run") if "loss" in line]
     assert len(losses) == 15 and losses[-1] < 0.7 * losses[0]
     line = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[0])
@@ -92,7 +100,7 @@ def test_from_recordings_to_a_policy(tmp_path: Path) -> None:
     robot = json.loads((last / "pretrained_model/robot.json").read_text())
     assert robot["state"]["names"] == ["a", "b", "c"] and robot["fps"] == 20 and robot["step"] == 60
     assert robot["action"] == {"names": ["a", "b", "c"], "from": "next_state", "as": "absolute"}
-    assert robot["cameras"] == {"color": {"topic": "/camera", "height": 48, "width": 64}}
+    assert robot["cameras"] == {"color": {"topic": "/camera", "height": 48, "width": 64, "recorded": [[48, 64]]}}
     assert len(robot["recordings"]["train"]) == 2 and len(robot["recordings"]["validation"]) == 1
 
 
@@ -116,6 +124,7 @@ def test_the_loaded_policy_is_the_trained_one(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("step", [3, 7])
 def test_stopping_and_going_on_changes_no_bit(tmp_path: Path, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.set_num_threads(2)
     path = tiny(recorded(tmp_path), "training.schedule=cosine", "training.warmup_steps=3")
     whole = trained(path, f"output_dir={tmp_path}/whole")
     rates = train._set_rates
@@ -126,10 +135,11 @@ def test_stopping_and_going_on_changes_no_bit(tmp_path: Path, step: int, monkeyp
             signal.raise_signal(signal.SIGTERM)
 
     monkeypatch.setattr(train, "_set_rates", interrupt)
-    with pytest.raises(SystemExit, match=f"stopped at step {step}"):
+    with pytest.raises(Stopped, match=f"stopped at step {step}"):
         trained(path)
     monkeypatch.undo()
     assert_bit_equal(whole, trained(path))
+    torch.set_num_threads(1)
 
 
 def test_killed_at_any_moment_it_goes_on_from_the_last_checkpoint(tmp_path: Path) -> None:
@@ -142,7 +152,7 @@ def test_killed_at_any_moment_it_goes_on_from_the_last_checkpoint(tmp_path: Path
         time.sleep(0.01)
     process.kill()
     process.wait()
-    newest = checkpoint.newest_checkpoint(tmp_path / "run")
+    newest = run_folder.newest_checkpoint(tmp_path / "run")
     assert newest is not None and newest.name < "checkpoint_000040"
     (tmp_path / "run/.checkpoint_000015.tmp").mkdir(exist_ok=True)  # as if it had died while writing
     with (tmp_path / "run/metrics.jsonl").open("a") as log:
@@ -150,6 +160,19 @@ def test_killed_at_any_moment_it_goes_on_from_the_last_checkpoint(tmp_path: Path
     assert f"going on from {newest}" in run("--config", path).stdout
     assert_bit_equal(whole, tmp_path / "run/checkpoint_000040")
     assert not list((tmp_path / "run").glob(".*"))
+
+
+def test_a_checkpoint_copied_in_part_is_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tiny(recorded(tmp_path))
+    whole = trained(path, "training.steps=15", f"output_dir={tmp_path}/whole")
+    trained(path)
+    (tmp_path / "run/checkpoint_000012").rename(tmp_path / "run/checkpoint_000015")  # as far as a copy had come
+    weights = tmp_path / "run/checkpoint_000015/pretrained_model/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-9])
+    assert_bit_equal(whole, trained(path, "training.steps=15"))
+    out = capsys.readouterr().out
+    assert "checkpoint_000015: passed over, it is not whole: pretrained_model/model.safetensors has" in out
+    assert "going on from" in out and "checkpoint_000010" in out
 
 
 def test_it_does_not_go_on_with_other_data_or_another_network(tmp_path: Path) -> None:
@@ -172,7 +195,7 @@ def test_it_does_not_go_on_with_other_data_or_another_network(tmp_path: Path) ->
         trained(path, "training.resume=never")
     shutil.rmtree(tmp_path / "bags/episode_7")
     state = tmp_path / "run/checkpoint_000012/training_state/state.safetensors"
-    state.write_bytes(state.read_bytes()[:-9])
+    state.write_bytes(b"\xff" * state.stat().st_size)
     with pytest.raises(Fault, match=r"checkpoint_000012: is damaged .* goes on from the checkpoint before it"):
         trained(path, "training.steps=20")
     with pytest.raises(Fault, match="resume: must"):
@@ -197,8 +220,35 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(train, "_set_rates", explode)
     with pytest.raises(Fault, match=r"step 7: loss .*training.lr"):
         trained(tiny(recorded(tmp_path)))
-    newest = checkpoint.newest_checkpoint(tmp_path / "run")
+    newest = run_folder.newest_checkpoint(tmp_path / "run")
     assert newest is not None and newest.name == "checkpoint_000005"
+
+
+def test_the_device_of_each_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: chosen.append(torch.device(device)))
+    for wanted, ranks, expected in (("auto", Ranks(), 0), ("cuda:1", Ranks(), 1), ("cuda", Ranks(3, 4, 1), 1)):
+        assert train._device(wanted, ranks) == f"cuda:{expected}"
+        assert chosen[-1].index == expected, "torch refuses a device without its index"
+    for wanted, ranks in (("cuda:0", Ranks(0, 2, 0)), ("auto", Ranks(2, 3, 2)), ("cuda:2", Ranks())):
+        with pytest.raises(Fault, match=r"training\.device"):
+            train._device(wanted, ranks)
+
+
+def test_too_little_memory_is_told_plainly(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fill(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nGPU 0 has")
+
+    monkeypatch.setattr(train, "_loss", fill)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--config", str(tiny(recorded(tmp_path, 2)))])
+    with pytest.raises(SystemExit) as ended:
+        train.main()
+    assert ended.value.code == 1
+    assert "training.batch_size: 4 samples do not fit" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

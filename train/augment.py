@@ -1,0 +1,68 @@
+"""Augmentation: another light, another crop, a camera that was knocked a little; torchvision's transforms v2, on the device.
+
+One draw for all cameras of a sample: they stand under the same lamps. Random numbers are torch's own, which train.py seeds
+for each step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+
+from dataset import Batch
+from faults import Fault
+
+
+class Augment:
+    """The named augmentations, one after the other, of pictures of one size."""
+
+    def __init__(self, names: Sequence[str], image_size: tuple[int, int]) -> None:
+        self.steps: list[Callable[[Tensor], Tensor]] = []
+        if not names:
+            return
+        try:
+            from torchvision.transforms import v2
+        except Exception as error:  # a torchvision that does not fit torch raises RuntimeError
+            raise Fault(
+                f"training.augment: torchvision cannot be imported ({type(error).__name__}: {str(error)[:100]}); install the "
+                "one that fits your torch, or set training.augment=[]"
+            ) from None
+        aspect = image_size[1] / image_size[0]
+        known = {
+            "color": v2.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2, hue=0.02),
+            "affine": v2.RandomAffine(degrees=2, translate=(0.03, 0.03), interpolation=v2.InterpolationMode.BILINEAR),
+            # after the affine, whose black borders it cuts off for the most part
+            "crop": v2.RandomResizedCrop(image_size, scale=(0.88, 0.96), ratio=(aspect, aspect), antialias=True),
+        }
+        self.steps = [step for name, step in known.items() if name in names]
+
+    def __call__(self, batch: Batch) -> Batch:
+        """A batch with its pictures augmented, each sample by a draw of its own."""
+        if not self.steps or batch.images is None:
+            return batch
+        return batch._replace(images=self.pictures(batch.images))
+
+    def pictures(self, images: Tensor) -> Tensor:
+        """(B, C, H, W, 3) uint8, augmented."""
+        samples = []
+        for sample in images.permute(0, 1, 4, 2, 3):  # (C, 3, H, W)
+            for step in self.steps:
+                sample = step(sample)
+            samples.append(sample)
+        return torch.stack(samples).permute(0, 1, 3, 4, 2)
+
+    def draw(self, images: Tensor, path: Path, columns: int = 8) -> None:
+        """A picture to look at: each camera of a sample (C, H, W, 3) as it is, and augmented in the columns beside it."""
+        torch.manual_seed(0)
+        drawn = torch.cat([images[None], self.pictures(images.expand(columns - 1, *images.shape))])  # (N, C, H, W, 3)
+        sheet = np.concatenate([np.concatenate(list(column), 0) for column in drawn.numpy()], 1)
+        encoded = cv2.imencode(".png", cv2.cvtColor(sheet, cv2.COLOR_RGB2BGR))[1]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        writing = path.with_name(f".{path.name}.tmp")
+        writing.write_bytes(encoded.tobytes())
+        writing.rename(path)

@@ -1,0 +1,79 @@
+"""metrics.jsonl, one line each time, and the same figures for TensorBoard where it is installed."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, TextIO
+
+from dataset import Batch
+
+
+class Log:
+    """The log of a run from a step on; only one process writes, all may ask for their rates."""
+
+    def __init__(self, folder: Path, step: int, writes: bool) -> None:
+        self.file: TextIO | None = None
+        self.board: Any = None
+        self.step, self.since, self.waited = step, time.perf_counter(), 0.0
+        if not writes:
+            return
+        path = folder / "metrics.jsonl"
+        writing = folder / ".metrics.jsonl.tmp"
+        writing.write_text("".join(_lines_until(step, path)))
+        writing.rename(path)
+        self.file = path.open("a", buffering=1)
+        if find_spec("tensorboard"):
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+
+    def waiting(self, source: Iterator[Batch]) -> Iterator[Batch]:
+        """The batches, with the time that the loop waits for them counted."""
+        while True:
+            start = time.perf_counter()
+            batch = next(source, None)
+            self.waited += time.perf_counter() - start
+            if batch is None:
+                return
+            yield batch
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What is done here is not counted as the time of a step."""
+        start = time.perf_counter()
+        yield
+        self.since += time.perf_counter() - start
+
+    def rates(self, step: int) -> dict[str, float]:
+        """Steps a second since the last call, and the share of that time in which the loop waited for data."""
+        elapsed = time.perf_counter() - self.since
+        rates = {"steps_per_s": (step - self.step) / elapsed, "waiting_for_data": self.waited / elapsed}
+        self.step, self.since, self.waited = step, time.perf_counter(), 0.0
+        return rates
+
+    def line(self, step: int, figures: dict[str, float]) -> None:
+        if self.file:
+            self.file.write(json.dumps({"step": step, **figures}) + "\n")
+        for name, value in figures.items() if self.board else ():
+            self.board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        if self.file:
+            self.file.close()
+        if self.board:
+            self.board.close()
+
+
+def _lines_until(step: int, log: Path) -> Iterator[str]:
+    """The lines of a log up to a checkpoint: what came after it is done again, and a line cut short by a kill is no line."""
+    for line in log.read_text().splitlines() if log.exists() else []:
+        try:
+            if json.loads(line)["step"] <= step:
+                yield line + "\n"
+        except ValueError:
+            continue

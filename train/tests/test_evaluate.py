@@ -1,0 +1,294 @@
+"""Judging a checkpoint: figures against a plain computation of their own, other recordings, the best of a run, the page."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from recordings import COMMAND, episode, write
+from test_dataset import recorded
+from test_train import tiny, trained
+
+import evaluate
+import train
+from act_model import DecoderLayer
+from attention import attention
+from config import Config, load
+from dataset import Dataset, load_dataset
+from faults import Stopped
+from policy import Policy
+
+COMMANDS = f"[{{topic: {COMMAND}, joints: [a, b, c]}}]"
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), "")
+QUIET = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--allow-file-access-from-files",
+]
+MEASURE = """<body style="margin:0"><iframe id="f" src="report.html" style="border:0; height:900px; width:WIDTHpx"></iframe>
+<script>
+f.onload = () => { const d = f.contentDocument, all = [...d.body.querySelectorAll("*")];
+  document.title = JSON.stringify({
+    inner: f.contentWindow.innerWidth, scroll: d.documentElement.scrollWidth, pictures: d.images.length,
+    broken: [...d.images].filter(i => !i.naturalWidth).length, right: Math.max(...all.map(e => e.getBoundingClientRect().right)),
+    cut: all.filter(e => e.scrollWidth > e.clientWidth + 1 && getComputedStyle(e).display != "inline").map(e => e.outerHTML.slice(0, 80)) }) }
+</script>"""
+
+
+class Run(NamedTuple):
+    folder: Path  # of bags, cache and run
+    checkpoint: Path
+    config: Config
+    data: Dataset
+
+
+def trained_in(folder: Path, action: str) -> Run:
+    """A tiny policy, its checkpoints of two steps, and two recordings held out."""
+    settings = (f"data.action.from={action}", "data.validation_fraction=0.5", "training.steps=10")
+    config = load(tiny(recorded(folder, 4), *settings, "model.dropout=0", "training.lr=1e-3"))
+    data = load_dataset(config)
+    return Run(folder, train.train(config, data), config, data)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """One that is not changed."""
+    return trained_in(tmp_path_factory.mktemp("run"), COMMANDS)
+
+
+class Said(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Said]:
+    """evaluate.py with arguments."""
+
+    def call(*arguments: str | Path) -> Said:
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
+        capsys.readouterr()
+        code = 0
+        try:
+            evaluate.main()
+        except SystemExit as ended:
+            assert isinstance(ended.code, int), ended.code
+            code = ended.code
+        return Said(code, *capsys.readouterr())
+
+    return call
+
+
+def figures(run: Run, name: str = "checkpoint_000010/evaluation.json") -> Any:
+    return json.loads((run.folder / "run/evaluation" / name).read_text())
+
+
+def predicted(run: Run, ticks: list[int], pictures: list[int] | None) -> np.ndarray:
+    """The policy's chunks at some ticks, with the pictures of others, or grey ones."""
+    policy = Policy.load(run.checkpoint / "pretrained_model")
+    batch = run.data.validation.gather(np.array(ticks), 10, (48, 64))
+    images = run.data.validation.gather(np.array(pictures), 1, (48, 64)).images if pictures else None
+    return policy.predict(
+        batch.state, torch.full((len(ticks), 1, 48, 64, 3), 128).byte() if images is None else images
+    ).numpy()
+
+
+@pytest.mark.parametrize("action", ["next_state", COMMANDS], ids=["next_state", "commands"])
+def test_the_figures_are_those_of_a_plain_computation(run: Run, action: str, tmp_path: Path) -> None:
+    if action == "next_state":
+        run = trained_in(tmp_path, action)
+    arguments = [sys.executable, evaluate.__file__, str(run.checkpoint)]
+    done = subprocess.run(arguments, capture_output=True, text=True, cwd="/")
+    assert done.returncode == 0, done.stderr
+    found = figures(run)
+    split, begins = run.data.validation, [sum(run.data.validation.lengths[:e]) for e in (0, 1)]
+    ends = [begins[0] + split.lengths[0], len(split.state)]
+    assert len(split.lengths) == 2, "so that the other one is the other one"
+    ticks = list(range(len(split.state)))
+    of = [0 if tick < ends[0] else 1 for tick in ticks]
+    elsewhere = [min(begins[1 - e] + tick - begins[e], ends[1 - e] - 1) for tick, e in zip(ticks, of, strict=True)]
+    chunks = {
+        "policy": predicted(run, ticks, ticks),
+        "camera_blanked": predicted(run, ticks, None),
+        "camera_of_another": predicted(run, ticks, elsewhere),
+    }
+    mean = run.data.train.action.astype(np.float64).mean(0)
+    errors: dict[str, list[tuple[int, np.ndarray]]] = {}
+    for tick, e in zip(ticks, of, strict=True):
+        still = split.state[tick] if run.config.data.action.from_ == "next_state" else split.action[tick]
+        last = split.action[tick - 1] if tick > begins[e] else still
+        for ahead in range(min(10, ends[e] - tick)):
+            guesses = {name: chunk[tick, ahead] for name, chunk in chunks.items()}
+            for name, guess in (guesses | {"holding_still": still, "last_action": last, "mean_action": mean}).items():
+                errors.setdefault(name, []).append((ahead, np.abs(guess - split.action[tick + ahead])))
+    assert set(found["mean_absolute_error"]) == set(errors)
+    for name, pairs in errors.items():
+        theirs = found["mean_absolute_error"][name]
+        assert theirs["by_action"] == pytest.approx(np.mean([error for _, error in pairs], axis=0), rel=1e-4), name
+        for ahead in range(10):
+            expected = np.mean([error for step, error in pairs if step == ahead], axis=0)
+            assert theirs["by_step_ahead_and_action"][ahead] == pytest.approx(expected, rel=1e-4), (name, ahead)
+            assert theirs["by_step_ahead"][ahead] == pytest.approx(expected.mean(), rel=1e-4)
+        assert theirs["all"] == pytest.approx(np.mean([error for _, error in pairs]), rel=1e-4)
+    all_ = {name: one["all"] for name, one in found["mean_absolute_error"].items()}
+    assert found["share_of_holding_still"] == pytest.approx(all_["policy"] / all_["holding_still"])
+    for name, share in found["share_of_error_explained_by_vision"].items():
+        assert share == pytest.approx(1 - all_["policy"] / all_[name])
+    assert (all_["last_action"] == all_["holding_still"]) == (run.config.data.action.from_ == "next_state")
+    assert found["moments"] == len(ticks) and found["recordings"] == split.names
+    assert 0 < found["latency_ms"]["median"] <= found["latency_ms"]["percentile_95"]
+
+    assert max(map(len, done.stdout.replace(str(run.folder), "").splitlines())) <= 100, done.stdout
+    (row,) = re.findall(r"^all  .*$", done.stdout, re.M)
+    assert [float(word) for word in row.split()[1:]] == pytest.approx(list(all_.values()), abs=6e-5)
+
+
+def test_attention_is_what_torchs_own_module_says(run: Run) -> None:
+    policy = Policy.load(run.checkpoint / "pretrained_model")
+    batch = run.data.validation.gather(np.arange(3), 10, (48, 64))
+    assert batch.images is not None
+    last = policy.model.decoder.layers[-1]
+    assert isinstance(last, DecoderLayer)
+    layer = last.multihead_attn
+    theirs = torch.nn.MultiheadAttention(32, 2, batch_first=True)
+    theirs.load_state_dict(layer.state_dict())
+    seen: list[tuple[torch.Tensor, ...]] = []
+    hook = layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs))
+    policy.predict(batch.state, batch.images)
+    hook.remove()
+    query, key, value = (x.clone() for x in seen[0])  # out of inference mode
+    shares = theirs(query, key, value)[1][:, :5].mean(1)  # (B, N), the mean over heads and five steps
+    found = attention(policy, batch, steps=5)
+    assert found.shape == (3, 1, 2, 2)
+    assert torch.allclose(found.flatten(1), shares[:, 2:], atol=1e-6)
+
+
+def test_other_recordings_are_all_judged_unless_trained_on(
+    run: Run, tmp_path: Path, command: Callable[..., Said]
+) -> None:
+    for i in (7, 8):
+        write(tmp_path / f"others/new_{i}", episode(0.6, seed=i))
+    held_out = run.data.validation.names[0]
+    shutil.copytree(run.folder / "bags" / held_out, tmp_path / "others/renamed")
+    done = command(run.checkpoint, "--bags", tmp_path / "others")
+    assert done.code == 0 and "3 recordings" in done.out, done.err
+    assert figures(run, "checkpoint_000010-others/evaluation.json")["recordings"] == ["new_7", "new_8", "renamed"]
+    shutil.copytree(run.folder / "bags" / run.data.train.names[1], tmp_path / "others/seen")
+    done = command(run.checkpoint, "--bags", tmp_path / "others")
+    assert done.code == 1 and done.err.count("error: ") == 1, done.err
+    assert f"others/seen: the policy was trained on it, as {run.data.train.names[1]}" in done.err
+    assert "does not exist" in command(run.checkpoint, "--bags", tmp_path / "nowhere").err
+
+
+def test_all_compares_and_names_the_best(run: Run, command: Callable[..., Said]) -> None:
+    done = command(run.checkpoint.parent, "--all")
+    assert done.code == 0 and max(len(line) for line in done.out.splitlines()[:-1]) <= 100, done.err
+    compared = figures(run, "checkpoints.json")
+    assert [one["checkpoint"] for one in compared] == ["checkpoint_000005", "checkpoint_000010"]
+    best = min(compared, key=lambda one: one["in_standard_deviations"])["checkpoint"]
+    assert f"best: {run.checkpoint.parent / best}" in done.out
+    assert json.loads((run.checkpoint.parent / "best.json").read_text())["checkpoint"] == best
+    for one in compared:  # fewer than 512 held-out ticks, so that training has judged by the same ones
+        assert one["validation_l1"] == pytest.approx(one["in_standard_deviations"], rel=1e-3)
+
+
+def test_what_cannot_be_judged_is_said_in_one_line(run: Run, tmp_path: Path, command: Callable[..., Said]) -> None:
+    assert "is a run; give one of its checkpoints, such as" in command(run.checkpoint.parent).err
+    assert "holds no whole checkpoint" in command(tmp_path, "--all").err
+    assert "missing" in command(run.checkpoint.with_name("checkpoint_000011")).err
+    shutil.copytree(run.checkpoint.parent, tmp_path / "run")
+    robot = tmp_path / "run/checkpoint_000010/pretrained_model/robot.json"
+    content = json.loads(robot.read_text())
+    robot.write_text(json.dumps(content | {"recordings": {"train": {}, "validation": {}}}))
+    assert "no recording was held out" in command(tmp_path / "run/checkpoint_000010").err
+    robot.unlink()
+    assert "robot.json" in command(tmp_path / "run/checkpoint_000010").err
+
+
+def test_the_checkpoint_that_validated_best_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figure = iter([0.9, 0.2, 0.5, 0.4, 0.3, 0.1])  # at steps 2, 4, 6, 8, 10; and at 12
+    monkeypatch.setattr(train, "validate", lambda *_: next(figure))
+    settings = ("training.keep_checkpoints=1", "training.save_every=2", "training.evaluate_every=2")
+    path = tiny(recorded(tmp_path), *settings, "training.steps=10")
+
+    def there() -> tuple[set[int], Any]:
+        kept = {int(one.name.split("_")[1]) for one in (tmp_path / "run").glob("checkpoint_*")}
+        return kept, json.loads((tmp_path / "run/best.json").read_text())
+
+    trained(path)
+    kept, best = there()
+    assert kept == {4, 10} and (best["checkpoint"], best["validation_l1"]) == ("checkpoint_000004", 0.2)
+    trained(path, "training.steps=12")
+    kept, best = there()
+    assert kept == {12} and best["checkpoint"] == "checkpoint_000012"
+
+
+def test_a_training_ends_well_though_it_cannot_be_judged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def end(*overrides: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["train.py", "--config", str(path), *overrides])
+        train.main()
+        return capsys.readouterr().out
+
+    path = tiny(recorded(tmp_path), "training.steps=6")
+    monkeypatch.setattr(evaluate, "find_spec", lambda _: None)
+    assert "no page with pictures, it takes matplotlib" in end()
+    assert (tmp_path / "run/evaluation/checkpoint_000006/evaluation.json").exists()
+    monkeypatch.setattr(evaluate, "measure", lambda *_: 1 / 0)
+    out = end(f"output_dir={tmp_path}/two")
+    assert "policy: " in out and "not judged: checkpoint_000006: division by zero" in out
+    assert "held out: nothing" in end(f"output_dir={tmp_path}/three", "data.validation_fraction=0")
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluate, "measure", interrupt)
+    with pytest.raises(SystemExit) as ended:
+        end(f"output_dir={tmp_path}/four")
+    assert ended.value.code == 75 and "the policy is trained; stopped while judging" in capsys.readouterr().err
+    with pytest.raises(Stopped):
+        evaluate.judge_at_the_end(tmp_path / "two/checkpoint_000006", load(path), load_dataset(load(path)), "cpu")
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.skipif(not CHROMIUM, reason="no browser here: apt-get install chromium")
+def test_the_page_in_a_browser(run: Run, tmp_path: Path, width: int, command: Callable[..., Said]) -> None:
+    written = run.folder / "run/evaluation/checkpoint_000010/report.html"
+    if not written.exists():
+        assert command(run.checkpoint).code == 0
+    page = written.read_text()
+    assert not re.search(r"""(src|href)=["'](?!data:)|url\(|@import|<link|<script""", page), "it stands alone"
+    captions = re.findall(r"<figcaption>(.*?)</figcaption>", page)
+    assert len(captions) == page.count("<figure>") == page.count("<img ") > 20
+    unlabelled = [
+        said for said in captions if not re.search(r"rad\).*\(s\)|\(s\).*rad\)| px|%|, nats|deviations|a step", said)
+    ]
+    assert not unlabelled, "a unit in each"
+    (tmp_path / "report.html").write_text(page)
+    (tmp_path / "frame.html").write_text(MEASURE.replace("WIDTH", str(width)))  # no window is narrower than 500 pixels
+    arguments = [f"--user-data-dir={tmp_path}/profile", "--window-size=1280,900", "--dump-dom"]
+    done = subprocess.run(
+        [CHROMIUM, *QUIET, *arguments, f"file://{tmp_path}/frame.html"], capture_output=True, text=True, timeout=90
+    )
+    found = re.search(r"<title>(.*?)</title>", done.stdout)
+    assert found, done.stderr[-2000:]
+    measured = json.loads(
+        found[1].replace("&quot;", '"').replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&")
+    )
+    assert measured["inner"] == width and measured["pictures"] == len(captions) and measured["broken"] == 0, measured
+    assert measured["scroll"] <= width and measured["right"] <= width and not measured["cut"], measured

@@ -1,0 +1,253 @@
+"""The policy on a robot: chunks, ensembling, what it knows of itself, and that nothing broken makes it act."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from recordings import COMMAND, picture
+from safetensors.torch import load_file, save_file
+from test_dataset import recorded
+from test_train import run, tiny, trained
+
+import images
+import train
+from faults import Fault
+from policy import Ensembler, Policy
+
+STATE = {"a": 0.1, "b": -0.2, "c": 0.3}
+SHOT = picture(5, 96, 128)  # as the camera gives it; the network sees 48x64
+
+
+@pytest.fixture(scope="module")
+def trained_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of three joints and a camera; chunks of 10, of which 5 are executed."""
+    folder = tmp_path_factory.mktemp("policy")
+    return trained(tiny(recorded(folder)))
+
+
+@pytest.fixture
+def folder(trained_once: Path, tmp_path: Path) -> Path:
+    """A copy to break."""
+    return Path(shutil.copytree(trained_once / "pretrained_model", tmp_path / "pretrained_model"))
+
+
+def observation(**changes: Any) -> dict[str, Any]:
+    return {"state": STATE, "images": {"color": SHOT}} | changes
+
+
+def test_a_chunk_is_executed_before_it_looks_again(trained_once: Path) -> None:
+    policy = Policy.load(
+        trained_once, fps=20, action_as="absolute", state_names=["a", "b", "c"], action_names=list("abc")
+    )
+    pixels = torch.from_numpy(images.resize(SHOT, (48, 64)))[None, None]
+    chunk = policy.predict(torch.tensor([[0.1, -0.2, 0.3]]), pixels)[0]
+    other = observation(state=np.array([0.5, 0.5, 0.5]))
+    actions = [policy.act(observation()), *(policy.act(other) for _ in range(5))]
+    assert actions[0].dtype == np.float32 and actions[0].shape == (3,)
+    assert np.array_equal(np.stack(actions[:5]), chunk[:5].numpy()), "resized and normalised as in training"
+    assert not np.allclose(actions[5], chunk[5]), "the sixth is of a new look"
+    policy.reset()
+    shuffled = {"state": dict(reversed(STATE.items())), "images": {"color": SHOT}}
+    assert np.array_equal(policy.act(shuffled), actions[0]), "joints in any order; reset forgets the chunk"
+    torch.set_float32_matmul_precision("highest")
+    policy.predict(torch.zeros(1, 3), pixels)
+    assert torch.get_float32_matmul_precision() == "highest", "as the robot's program had it"
+
+
+def test_ensembling_is_the_weighted_mean_of_all_that_was_said_of_a_tick(trained_once: Path) -> None:
+    chunks = torch.randn(25, 10, 3)
+    for coefficient in (0.01, 0.0, -0.3):
+        ensembler = Ensembler(coefficient, 10)
+        for tick in range(25):
+            said = [chunks[start, tick - start] for start in range(max(0, tick - 9), tick + 1)]  # the oldest first
+            weights = torch.exp(-coefficient * torch.arange(len(said)))
+            expected = (torch.stack(said) * weights[:, None]).sum(0) / weights.sum()
+            torch.testing.assert_close(ensembler.update(chunks[tick]), expected, atol=1e-6, rtol=1e-6)
+    policy, plain = Policy.load(trained_once, ensemble=0.01), Policy.load(trained_once)
+    first = policy.act(observation())
+    assert np.array_equal(first, plain.act(observation())), "nothing to average in the first tick"
+    second = policy.act(observation(state=[0.5, 0.5, 0.5]))
+    assert not np.array_equal(second, plain.act(observation()))
+    policy.reset()
+    assert np.array_equal(policy.act(observation()), first)
+    with pytest.raises(Fault, match="ensemble: -50"):
+        Policy.load(trained_once, ensemble=-50)
+
+
+def test_it_says_what_it_is_and_refuses_another_robot(trained_once: Path, tmp_path: Path) -> None:
+    policy = Policy.load(trained_once)
+    assert (policy.fps, policy.action_as, policy.cameras) == (20, "absolute", ("color",))
+    assert policy.state_names == policy.action_names == ("a", "b", "c")
+    assert policy.picture_sizes == {"color": [(48, 64)]}
+    with pytest.raises(Fault) as caught:
+        Policy.load(trained_once, fps=30, action_names=["a", "c", "b"], action_as="delta", state_names=["a", "b", "c"])
+    assert [line.split(": ")[1] for line in caught.value.args] == ["fps", "action_names", "action_as"]
+    assert "the robot has 'delta', the policy 'absolute'" in str(caught.value)
+    commands = f"data.action.from=[{{topic: {COMMAND}, joints: [a, b, c]}}]"
+    delta = Policy.load(trained(tiny(recorded(tmp_path), commands, "data.action.as=delta", "training.steps=1")))
+    assert delta.action_as == "delta"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"state": STATE | {"b": np.nan}}, ["state of b is nan", "driver"]),
+        ({"state": np.array([0, np.inf, 1e300])}, ["state of b is inf", "state of c is inf"]),
+        ({"state": {"a": 0.0, "b": 0.0, "gripper": 0.0}}, ["lacks ['c']", "has ['gripper']"]),
+        ({"state": np.zeros(4)}, ["(4,)", "expected (3,) numbers: a, b, c"]),
+        ({"state": ["a", "b", "c"]}, ["expected (3,) numbers"]),
+        ({"state": [[1.0], [1.0, 2.0], 3.0]}, ["expected (3,) numbers"]),
+        ({"state": None}, ["expected (3,) numbers"]),
+        ({"images": {}}, ["images of []", "['color']"]),
+        ({"images": {"wrist": SHOT}, "state": np.zeros(2)}, ["['wrist']", "['color']", "(2,)"]),
+        ({"images": {"color": SHOT / 255}}, ["color: (96, 128, 3) float64", "uint8 RGB"]),
+        ({"images": {"color": SHOT.transpose(2, 0, 1)}}, ["color: (3, 96, 128) uint8"]),
+        ({"images": {"color": None}}, ["color: () object"]),
+        ({"images": {"color": picture(5, 90, 160)}}, ["color: 160x90", "trained on 64x48"]),
+    ],
+)
+def test_no_action_for_a_broken_observation(trained_once: Path, wrong: dict[str, Any], words: list[str]) -> None:
+    policy = Policy.load(trained_once)
+    with pytest.raises(Fault) as caught:
+        policy.act(observation(**wrong))
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+    policy.act(observation())
+    with pytest.raises(Fault):
+        policy.act(observation(**wrong))  # while a chunk is in hand
+    fresh = observation(state=[0.5, 0.5, 0.5])
+    after = policy.act(fresh)
+    policy.reset()
+    assert np.array_equal(after, policy.act(fresh)), "the chunk from before is not gone on with"
+
+
+def half(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def edit(path: Path, change: Callable[[Any], None]) -> None:
+    if path.suffix == ".json":
+        content = json.loads(path.read_text())
+        change(content)
+        path.write_text(json.dumps(content))
+    else:
+        content = load_file(path)
+        change(content)
+        save_file(content, path)
+
+
+STATISTICS = "policy_preprocessor_step_3_normalizer_processor.safetensors"
+BREAKAGES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
+    "empty": (lambda f: shutil.rmtree(f), ["config.json, model.safetensors", "missing"]),
+    "half the weights": (lambda f: half(f / "model.safetensors"), ["is damaged", "copy the checkpoint again"]),
+    "half of config.json": (lambda f: half(f / "config.json"), ["is damaged"]),
+    "half of robot.json": (lambda f: half(f / "robot.json"), ["is damaged"]),
+    "no robot.json": (lambda f: (f / "robot.json").unlink(), ["is damaged", "robot.json"]),
+    "no statistics": (lambda f: (f / STATISTICS).unlink(), ["is damaged", STATISTICS]),
+    "half the statistics": (lambda f: half(f / STATISTICS), ["is damaged"]),
+    "no postprocessor": (lambda f: (f / "policy_postprocessor.json").unlink(), ["policy_postprocessor.json missing"]),
+    "statistics of other joints": (
+        lambda f: edit(f / STATISTICS, lambda t: t.update({"observation.state.mean": torch.zeros(4)})),
+        ["observation.state has shape (3,)", "(4,)"],
+    ),
+    "statistics not finite": (
+        lambda f: edit(f / STATISTICS, lambda t: t["observation.state.std"].fill_(torch.nan)),
+        ["statistics of observation.state", "not finite"],
+    ),
+    "robot.json of other joints": (
+        lambda f: edit(f / "robot.json", lambda r: r["state"].update(names=["a", "b"])),
+        ["robot.json", "[2, 3, ['color']]", "[3, 3, ['color']]"],
+    ),
+    "weights not finite": (
+        lambda f: edit(f / "model.safetensors", lambda t: t["model.action_head.bias"].fill_(torch.inf)),
+        ["model.action_head.bias holds NaN or Inf"],
+    ),
+    "another network": (
+        lambda f: edit(f / "config.json", lambda c: c.update(chunk_size=11)),
+        ["is damaged", "decoder_pos_embed"],
+    ),
+}
+
+
+@pytest.mark.parametrize("breakage", BREAKAGES)
+def test_no_policy_from_a_broken_checkpoint(folder: Path, breakage: str) -> None:
+    broken, words = BREAKAGES[breakage]
+    broken(folder)
+    with pytest.raises(Fault) as caught:
+        Policy.load(folder)
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+    assert len(caught.value.args) == 1, "one clear error"
+
+
+def test_an_output_that_is_not_finite_is_no_action(folder: Path) -> None:
+    policy = Policy.load(folder)
+    with torch.no_grad():
+        policy.model.action_head.weight.fill_(3e38)  # each finite, their sum is not
+    with pytest.raises(Fault, match="its actions are not finite"):
+        policy.act(observation())
+    with pytest.raises(Fault, match="device: 'cuda:99'"):
+        Policy.load(folder, device="cuda:99")
+
+
+def test_a_robot_needs_no_reader_of_bags(trained_once: Path) -> None:
+    code = (
+        "import sys; sys.modules.update(dict.fromkeys(['rosbags', 'tqdm', 'torchvision', 'matplotlib', 'PIL'])); "
+        f"sys.path.insert(0, {str(Path(train.__file__).parent)!r}); from policy import Policy; "
+        f"Policy.load({str(trained_once)!r}); print('loaded')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "loaded\n", done.stderr
+
+
+def test_training_starts_from_a_policy(trained_once: Path, tmp_path: Path) -> None:
+    path = tiny(
+        recorded(tmp_path, 2),
+        f"training.init_from={trained_once}",
+        "model.pretrained_backbone=true",
+        "training.steps=5",
+    )
+    out = run("--config", path, "data.fps=10").stdout  # torchvision's weights are not fetched
+    assert (
+        f"starting from {trained_once}: its weights, and the statistics of this data; data.fps was 20.0, is 10.0" in out
+    )
+    before = load_file(trained_once / "pretrained_model/model.safetensors")
+    after = load_file(tmp_path / "run/checkpoint_000005/pretrained_model/model.safetensors")
+    moved = max((before[key] - after[key]).abs().max() for key in before)
+    assert 0 < moved < 1e-3, "five steps of 1e-5 away"
+    card = (tmp_path / "run/checkpoint_000005/pretrained_model/README.md").read_text()
+    assert f"its weights started from `{trained_once}`" in card
+    again = run("--config", path, "data.fps=10", "training.steps=6", "training.init_from=/gone").stdout
+    assert "going on from" in again and "starting from" not in again
+
+
+def test_it_does_not_start_from_another_network(trained_once: Path, tmp_path: Path) -> None:
+    path = tiny(recorded(tmp_path, 2), f"training.init_from={trained_once}", "model.chunk_size=12", "data.cameras={}")
+    done = run("--config", path, "model.dim_feedforward=48", check=False)
+    for words in (
+        "model.chunk_size is 10 there, 12 here",
+        "model.dim_feedforward is 32",
+        "data.cameras, their number is 1",
+    ):
+        assert words in done.stderr, done.stderr
+    done = run("--config", path, f"training.init_from={tmp_path}/none", check=False)
+    assert done.returncode == 1 and "training.init_from" in done.stderr and "missing" in done.stderr
+
+
+def test_the_card_says_what_it_was_trained_on(trained_once: Path) -> None:
+    card = (trained_once / "pretrained_model/README.md").read_text()
+    for words in (
+        "12 steps on 2 recordings: 2 episodes, 2 s, at 20 Hz",
+        "Held out: 1 recordings, 1 s. mean L1 in standard deviations: ",
+        "| state | 3: `a`, `b`, `c` |",
+        "| picture `color` | `/camera`, recorded at 64x48, seen at 64x48",
+        "**Absolute**",
+        "from_pretrained(",
+        "Policy.load(",
+    ):
+        assert words in card, card
