@@ -1,0 +1,325 @@
+"""Submit the training to OSMO: check, upload local recordings, validate, submit once, say what comes next.
+
+    python train/osmo/submit.py                                       # as osmo-workflow.yaml and osmo-config.yaml say
+    python train/osmo/submit.py --rosbags bags/ --run cups training.steps=20000
+    python train/osmo/submit.py --gpus 8 --dry-run                    # print what would be run, run nothing
+    python train/osmo/submit.py --fetch cups                          # the newest checkpoint of a run, into outputs/
+
+It ends with 0 when all is well, 1 when there is something to mend here, else as the osmo command did: 1 refused,
+2 not logged in or not allowed, 3 interrupted, 10 the server cannot be reached, 75 too many requests.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import yaml
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+from config import ROOT, load  # noqa: E402 -- from the folder above
+from faults import Fault, told_plainly  # noqa: E402
+
+WORKFLOW, CONFIG = HERE / "osmo-workflow.yaml", HERE / "osmo-config.yaml"
+RECORDING = r"(.*/)?(metadata\.yaml|.*\.(bag|db3|mcap)[^/]*)$"  # as in osmo-workflow.yaml
+STORAGE = ("azure://", "s3://", "gs://", "swift://", "tos://")
+STILL = ("PENDING", "RUNNING", "WAITING")  # states of a workflow that has not ended
+ADVICE = {  # by OSMO's exit codes
+    1: "mend what it names",
+    2: "see `osmo profile list` and `osmo credential list` for what you may use; or log in again: osmo login {server}",
+    10: "is {server} up, and reachable from here?",
+    75: "wait a minute, then run the same command again",
+}
+DATA = {2: "is it there, and have you a DATA credential for it (osmo credential list)?"}
+NAME = r"[a-zA-Z]([a-zA-Z0-9_-]{0,62}[a-zA-Z0-9])?"  # of a run: OSMO's rule for workflows
+
+
+class Refused(Fault):
+    """An osmo command that failed."""
+
+    def __init__(self, code: int, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+def main() -> None:
+    defaults = yaml.safe_load(WORKFLOW.read_text().split("default-values:\n")[1])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--server", default="http://192.168.1.100", metavar="URL", help="the OSMO server [%(default)s]")
+    parser.add_argument("--pool", default="gpu-pool", help="[%(default)s]")
+    parser.add_argument("--priority", choices=("HIGH", "NORMAL", "LOW"), help="LOW may be pre-empted, and is run again")
+    parser.add_argument("--run", help=f"the run's name: submitted again, it goes on [{defaults['run']}]")
+    parser.add_argument(
+        "--rosbags", metavar="FOLDER|URL", help=f"recordings; a folder is uploaded [{defaults['rosbags']}]"
+    )
+    parser.add_argument("--dataset", help="an OSMO dataset in place of --rosbags, on servers before 6.4")
+    parser.add_argument("--image", help=f"[{defaults['image']}]")
+    parser.add_argument("--gpus", type=int, help=f"on each node [{defaults['gpus']}]")
+    parser.add_argument("--nodes", type=int, help=f"[{defaults['nodes']}]")
+    parser.add_argument("--platform", help="of the pool [the pool's default]")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be run, run nothing")
+    parser.add_argument("--follow", action="store_true", help="stream the log until the run ends, and end as it does")
+    parser.add_argument("--fetch", metavar="RUN", help="download the newest checkpoint of a run")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="of the training: training.steps=20000")
+    arguments = parser.parse_intermixed_args()
+    arguments.server = arguments.server if "//" in arguments.server else f"http://{arguments.server}"
+    given = {key: value for key, value in vars(arguments).items() if key in defaults and value is not None}
+    ADVICE.update({code: advice.format(server=arguments.server) for code, advice in ADVICE.items()})
+    with told_plainly():
+        if arguments.fetch is not None:
+            if not re.fullmatch(NAME, arguments.fetch):
+                raise Fault(f"--fetch {arguments.fetch!r}: is not the name of a run")
+            print(fetch(f"{defaults['runs']}/{arguments.fetch}", ROOT / "outputs" / arguments.fetch))
+        else:
+            values = defaults | given | {"settings": shlex.join(arguments.settings)}
+            submit(arguments, defaults, values)
+
+
+def submit(arguments: argparse.Namespace, defaults: dict[str, Any], values: dict[str, Any]) -> None:
+    """All from the checks to the commands that come next."""
+    folder = None if values["rosbags"].startswith(STORAGE) else Path(values["rosbags"] or "/nowhere")
+    if faults := list(wrong_values(values, folder, arguments.settings)):
+        raise Fault(*faults)
+    if folder:
+        values["rosbags"] = f"{defaults['rosbags']}/{folder.resolve().name}"
+    changed = {key: value for key, value in values.items() if value != defaults[key]}
+    workflow = [str(WORKFLOW), "--pool", arguments.pool]
+    for flag, kind in (("--set", int), ("--set-string", str)):
+        chosen = [f"{key}={value}" for key, value in changed.items() if isinstance(value, kind)]
+        workflow += [flag, *chosen] if chosen else []
+    upload = ["data", "upload", defaults["rosbags"], str(folder), "--regex", RECORDING]
+    validation = ["workflow", "validate", *workflow]
+    submission = ["workflow", "submit", *workflow, "-t", "json"]
+    submission += ["--priority", arguments.priority] if arguments.priority else []
+    if arguments.dry_run:
+        for command in [*([upload] if folder else []), validation, submission]:
+            print(shlex.join(["osmo", *command]))
+        return
+
+    check_login(arguments.server)
+    if faults := [
+        *wrong_version(values["dataset"]),
+        *wrong_pool(arguments.pool, values["platform"]),
+        *still_running(values["run"]),
+    ]:
+        raise Fault(*faults)
+    if folder:
+        osmo(*upload, show=True, advice=DATA)
+        check_upload(folder, values["rosbags"])
+    elif not values["dataset"]:
+        check_recordings(values["rosbags"])
+    try:
+        osmo(*validation)
+    except Refused as refused:  # it does not know of priorities, and refuses what LOW may have
+        if arguments.priority != "LOW" or "LOW priority" not in str(refused):
+            raise
+    look = f"it may have been accepted all the same: look (osmo workflow list --name {values['run']}) before you submit again"
+    try:
+        answer = osmo(*submission, advice={3: look, 10: look})
+    except KeyboardInterrupt:
+        raise Refused(3, f"osmo workflow submit: interrupted; {look}") from None
+    try:
+        name = json.loads(answer)["name"]
+    except (ValueError, KeyError, TypeError):
+        raise Fault(f"osmo workflow submit: answered {answer[:200]!r}, expected a name; {look}") from None
+    print(f"submitted   {name} to {arguments.pool} at {arguments.server}")
+    print(f"log         osmo workflow logs {name}")
+    print(f"state       osmo workflow query {name}")
+    print(f"checkpoint  python train/osmo/submit.py --fetch {values['run']}")
+    if arguments.follow:
+        status = "PENDING"
+        while status in STILL:
+            subprocess.run(["osmo", "workflow", "logs", name], check=False)
+            status = json.loads(osmo("workflow", "query", name, "-t", "json"))["status"]
+            time.sleep(5 if status in STILL else 0)
+        print(f"{name}: {status}")
+        sys.exit(status != "COMPLETED")
+
+
+def osmo(*arguments: str, show: bool = False, advice: dict[int, str] | None = None) -> str:
+    """What an osmo command prints; with `show` it prints to the terminal. Raises Refused if it fails."""
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        ["osmo", *arguments], stdout=None if show else pipe, stderr=pipe if show else None
+    ) as process:
+        said = b""
+        while show and (part := os.read(process.stderr.fileno(), 2**16)):  # type: ignore[union-attr]  # a pipe
+            os.write(2, part)
+            said += part
+        answer = "" if show else process.stdout.read().decode()  # type: ignore[union-attr]
+    if b"Failed on files" in said:  # OSMO ends with 0 all the same
+        raise Refused(1, f"osmo {' '.join(arguments[:2])}: files failed, see above; run the same command again")
+    if process.returncode == 0:
+        return answer
+    try:
+        message = json.loads(answer)["message"]
+    except (ValueError, KeyError, TypeError):
+        message = answer.partition("Error message:")[2].partition("Error code:")[0] or answer
+    message = " ".join(message.partition("Traceback")[0].split())[:1000] or "see above"
+    code = 10 if "Connection broken" in message else process.returncode  # half an answer, by OSMO's code a user's error
+    next_step = (ADVICE | (advice or {})).get(code, "see above")
+    command = " ".join(word for word in ("osmo", *arguments[:2]) if not word.startswith("-"))
+    raise Refused(process.returncode, f"{command} ended with {process.returncode}: {message}; {next_step}")
+
+
+def wrong_values(values: dict[str, Any], folder: Path | None, settings: list[str]) -> Iterator[str]:
+    """What is wrong with the request, as far as this machine can tell."""
+    try:
+        wanted, sent = load(CONFIG, settings), load(CONFIG)
+        paths = [(one.data.bag_dir, one.data.cache_dir, one.output_dir) for one in (wanted, sent)]
+        if paths[0] != paths[1]:
+            yield "data.bag_dir, data.cache_dir, output_dir: are the pod's, as in osmo-config.yaml; give --rosbags or --run"
+    except Fault as fault:
+        yield from fault.args
+    for setting in settings:
+        if any(mark in setting for mark in ("{{", "{%", "{#", "$$", "$(")):
+            yield f"{setting}: the server or Kubernetes would expand this; write a blank behind the brace, leave the $ away"
+    if not re.fullmatch(NAME, values["run"]):
+        yield f"--run {values['run']}: expected at most 64 letters, digits, _ and -, a letter first, no _ or - last"
+    if not re.fullmatch(r"[\w.:/-]+(@sha256:[0-9a-f]{64})?", values["image"]):
+        yield f"--image {values['image']!r}: expected a name such as 192.168.1.100:5000/rosbag-act:latest"
+    for key, least in (("gpus", 0), ("nodes", 1)):
+        if values[key] < least:
+            yield f"--{key} {values[key]}: expected at least {least}"
+    if folder and not folder.is_dir():
+        yield f"--rosbags {folder}: is no folder here, nor a URL that begins with {', '.join(STORAGE)}"
+    elif folder and not recordings(folder):
+        yield f"--rosbags {folder}: holds no recording (.mcap, .db3, .bag)"
+    if re.search(r"[^\w. /:@-]", folder.resolve().name if folder else values["rosbags"]):
+        yield f"--rosbags {values['rosbags']}: becomes a URL; expected letters, digits, blanks and _ - . / alone"
+
+
+def check_login(server: str) -> None:
+    """Raises Refused unless the osmo command is there, and logged in to this server and no other."""
+    if not shutil.which("osmo"):
+        raise Refused(2, f"osmo: no such command; install NVIDIA's OSMO client, then: osmo login {server}")
+    home = os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"
+    file = Path(os.environ.get("OSMO_CONFIG_FILE_DIR") or Path(home) / "osmo") / "login.yaml"
+    try:
+        url = yaml.safe_load(file.read_text())["url"]
+    except (OSError, yaml.YAMLError, KeyError, TypeError):
+        raise Refused(2, f"{file}: not logged in; osmo login {server}") from None
+    try:
+        here, there = urlsplit(url), urlsplit(server)
+        elsewhere = here.hostname != there.hostname or (there.port and here.port != there.port)
+    except ValueError as error:  # of a port that is no number, or half an IPv6 address
+        raise Fault(f"--server {server}, login {url}: {error}; expected one such as http://192.168.1.100") from None
+    if elsewhere:
+        raise Refused(2, f"{file}: logged in to {url}, not to {server}; osmo login {server}, or give --server {url}")
+
+
+def wrong_version(dataset: str) -> Iterator[str]:
+    """What cannot be done with this client or this server."""
+    versions = json.loads(osmo("version", "-t", "json"))
+    client, service = (
+        tuple(int(versions.get(side, {}).get(part, 0)) for part in ("major", "minor")) for side in ("client", "service")
+    )
+    if client < (6, 3):
+        yield f"osmo: the client is {client[0]}.{client[1]}, expected 6.3 or later; install that of your server"
+    if dataset and service >= (6, 4):
+        yield f"--dataset {dataset}: OSMO 6.4 has no datasets; upload the recordings and give --rosbags URL"
+
+
+def wrong_pool(name: str, platform: str) -> Iterator[str]:
+    """What is wrong with the pool."""
+    sets = json.loads(osmo("pool", "list", "-t", "json"))["node_sets"]
+    pools = {pool["name"]: pool for one in sets for pool in one["pools"]}
+    if name not in pools:
+        yield f"--pool {name}: no such pool for you; there are {', '.join(pools) or 'none'}"
+    elif pools[name]["status"] != "ONLINE":
+        yield f"--pool {name}: is {pools[name]['status']}, expected ONLINE; ask its administrator, or take another"
+    elif platform and platform not in pools[name]["platforms"]:
+        yield f"--platform {platform}: {name} has {', '.join(pools[name]['platforms'])}"
+
+
+def still_running(run: str) -> Iterator[str]:
+    """A workflow that is writing the checkpoints of the same run."""
+    everybody = ("--name", run, "--all-users", "--count", "1000", "-t", "json")
+    found = json.loads(osmo("workflow", "list", *everybody, "--status", *STILL))["workflows"]
+    for workflow in found:
+        if re.fullmatch(re.escape(run) + r"-\d+", workflow["name"]):
+            yield (
+                f"--run {run}: {workflow['name']} is {workflow['status']} and writes the same checkpoints; "
+                f"osmo workflow cancel {workflow['name']}, or give another --run"
+            )
+
+
+def recordings(folder: Path) -> set[str]:
+    """The files of recordings in a folder, as paths below it."""
+    files = (Path(at, name) for at, _, names in os.walk(folder, followlinks=True) for name in names)
+    return {path for path in (file.relative_to(folder).as_posix() for file in files) if re.match(RECORDING, path)}
+
+
+def listed(url: str, regex: str = RECORDING) -> set[str]:
+    """The files below a URL, as paths below it; OSMO lists them from the container or bucket on."""
+    answer = osmo("data", "list", url, "--recursive", "--no-pager", "--regex", regex, advice=DATA)
+    keys = answer.rpartition("\nTotal ")[0].splitlines()
+    parts = url.partition("://")[2].split("/")
+    bases = ["/".join(parts[i:]) + "/" for i in range(len(parts))]
+    return {key.removeprefix(next((base for base in bases if key.startswith(base)), "")) for key in keys if key}
+
+
+def check_recordings(url: str) -> None:
+    """Raises Fault if no recording is there. What may not be listed from here may still be read by the pod."""
+    try:
+        found = listed(url)
+    except Refused as refused:
+        if "does not exist" in str(refused):  # the container or bucket
+            raise
+        print(f"note: {url} was not looked into, the pod will: {refused}", file=sys.stderr)
+        return
+    if not found:
+        raise Fault(f"{url}: holds no recording (.mcap, .db3, .bag); give --rosbags FOLDER to upload, or another URL")
+
+
+def check_upload(folder: Path, url: str) -> None:
+    """Raises Fault unless just the recordings of the folder lie there; OSMO's upload ends with 0 when files failed."""
+    here, there = recordings(folder), listed(url)
+    faults = [f"{url}/{name}: did not arrive; see above, and submit again" for name in sorted(here - there)]
+    faults += [
+        f"{url}/{name}: lies there but not in {folder}, and would be trained on; osmo data delete {url}/{name}, or "
+        "rename your folder"
+        for name in sorted(there - here)
+    ]
+    if faults:
+        raise Fault(*faults)
+
+
+def fetch(url: str, folder: Path) -> Path:
+    """Download the newest whole checkpoint of the run at a URL into a folder: its pretrained_model."""
+    resumable = r"checkpoint_\d+/training_state/resume\.json$"
+    names = {path.partition("/")[0] for path in listed(f"{url}/checkpoints", resumable)}
+    for name in sorted(names, key=lambda name: int(name.partition("_")[2]), reverse=True):
+        final, half = folder / name, folder / f".{name}.tmp"
+        shutil.rmtree(half, ignore_errors=True)
+        half.mkdir(parents=True)
+        osmo("data", "download", f"{url}/checkpoints/{name}", str(half), show=True, advice=DATA)
+        sizes = json.loads((half / "training_state/resume.json").read_text())["files"]
+        if lacking := [file for file, size in sizes.items() if not has_size(half / file, size)]:
+            print(f"{name}: not whole, without {', '.join(lacking)}; the one before it is taken", file=sys.stderr)
+            continue
+        shutil.rmtree(final, ignore_errors=True)  # of a run of the same name before, perhaps
+        half.rename(final)
+        return final / "pretrained_model"
+    raise Fault(f"{url}/checkpoints: holds no whole checkpoint; the run's log says how far it is")
+
+
+def has_size(file: Path, size: int) -> bool:
+    return file.exists() and file.stat().st_size == size
+
+
+if __name__ == "__main__":
+    main()

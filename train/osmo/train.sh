@@ -1,0 +1,81 @@
+#!/usr/bin/env bash
+# What each node of osmo-workflow.yaml runs: go on from the run's checkpoints, train, hand over the policy.
+#
+#   bash train.sh "key=value ..."       with the environment that osmo-workflow.yaml sets
+#
+# Ends as train.py does: 0 trained, 1 something to mend, 75 to be run again. No two braces, nor one before # or %, in this
+# file: the server renders it as a template.
+set -euo pipefail
+cd "$(dirname "$0")"
+mkdir -p "$CHECKPOINTS"
+python train.py --help >/dev/null # an image or a script that is broken is to be mended, not run again
+
+arrived() { # OSMO's download says nothing with its exit code when files failed: are all of URL $1, by regex $3, in folder $2?
+  local listed expected found
+  listed=$(osmo data list "$1" -r --no-pager -x "$3" 2>&1) || {
+    echo "note: $1 cannot be listed from here, so it is not known whether all of it arrived"
+    return 0
+  }
+  expected=$(sed -n 's/^Total \([0-9]*\) objects* found$/\1/p' <<<"$listed")
+  found=$(find "$2" -type f | wc -l)
+  if [ "$found" -lt "${expected:-0}" ]; then
+    echo "error: $1: only $found of $expected files arrived in $2; to be run again" >&2
+    exit 75
+  fi
+}
+if [ -n "$BAGS_URL" ]; then arrived "$BAGS_URL" "$BAGS" "$BAGS_REGEX"; fi
+
+if [ "$NODE" = 0 ]; then
+  # A failing upload of checkpoints is silent, or ends the training with hardly a word: so say it before the first step.
+  access=$(osmo data check "$RUN_URL" --access-type WRITE 2>&1) && code=0 || code=$?
+  if [ "$code" = 10 ] || [ "$code" = 75 ]; then # the server is away, or busy: OSMO waits for it
+    echo "note: $RUN_URL: it is not known whether checkpoints can be uploaded there (${access//$'\n'/ })"
+  elif [[ $access != *'"status": "pass"'* ]]; then
+    echo "error: $RUN_URL: checkpoints could not be uploaded there (${access//$'\n'/ }); is the container or bucket there," \
+      "and may your DATA credential write to it (osmo credential list)?" >&2
+    exit 1
+  fi
+  # Checkpoints that are here already are newer: OSMO may run this again in the same pod.
+  if [ -z "$(python run_folder.py "$CHECKPOINTS" 2>/dev/null)" ]; then
+    arrived "$RUN_URL/checkpoints" "$BEFORE" '.*'
+    if [ -f "$BEFORE/metrics.jsonl" ]; then cp "$BEFORE/metrics.jsonl" "$CHECKPOINTS/"; fi
+    python run_folder.py "$BEFORE" | while read -r checkpoint; do # the newest, then the best
+      name=$(basename "$checkpoint")
+      rm -rf "${CHECKPOINTS:?}/$name" "$CHECKPOINTS/.$name.tmp"
+      cp -r "$checkpoint" "$CHECKPOINTS/.$name.tmp"
+      mv "$CHECKPOINTS/.$name.tmp" "$CHECKPOINTS/$name"
+    done
+  fi
+fi
+
+parsed=$(mktemp)
+xargs -r printf '%s\0' <<<"${1:-}" >"$parsed" || { # shell quotes, no expansion
+  echo "error: settings: $1: cannot be parsed; is a quote left open?" >&2
+  exit 1
+}
+mapfile -d '' -t settings <"$parsed"
+settings+=("output_dir=$CHECKPOINTS") # what is uploaded
+processes=$((GPUS > 0 ? GPUS : 1))
+export OMP_NUM_THREADS=$CPUS # for each
+status=0
+if [ "$processes" = 1 ] && [ "$NODES" = 1 ]; then
+  python train.py --config osmo-config.yaml "${settings[@]}" || status=$?
+else
+  place=(--standalone)
+  if [ "$NODES" -gt 1 ]; then
+    place=(--nnodes "$NODES" --node_rank "$NODE" --master_addr "$LEAD" --master_port "${PORT:-29500}")
+  fi
+  FAULT_FILE=$(mktemp -u)
+  export FAULT_FILE
+  torchrun "${place[@]}" --nproc_per_node "$processes" train.py --config osmo-config.yaml "${settings[@]}" || status=$?
+  # torchrun ends with 1, whatever its processes ended with: stopped, or killed, or robbed of another node, they run again
+  if [ "$status" != 0 ] && ! [ -f "$FAULT_FILE" ]; then status=75; fi
+fi
+
+if [ "$NODE" = 0 ] && [ "$status" = 0 ]; then
+  last=$(python run_folder.py "$CHECKPOINTS") # the newest, then the best
+  last=${last%%$'\n'*}
+  cp -r "$last/pretrained_model" "$CHECKPOINTS/metrics.jsonl" "$CHECKPOINTS/config.yaml" "$OUTPUT/"
+  echo "policy: $RUN_URL/pretrained_model"
+fi
+exit "$status"

@@ -1,0 +1,443 @@
+"""The OSMO bundle: the workflow as the server renders it, the task's script with local folders, submit.py with a stand-in."""
+
+import ast
+import contextlib
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jinja2.sandbox
+import pytest
+import standin_osmo
+import yaml
+from recordings import episode, write
+from test_dataset import recorded
+from test_train import tiny
+
+from config import load
+from policy import Policy
+
+TRAIN = Path(__file__).parents[1]
+OSMO = TRAIN / "osmo"
+TOKENS = r"\{\{(workflow_id|output|input:\d+|host:[\w-]+)\}\}"  # the server's own, without blanks
+
+
+def rendered(**chosen: Any) -> dict[str, Any]:
+    """The workflow, rendered as the server does: Jinja's sandbox, undefined names are errors, its own tokens stay."""
+    text, defaults = (OSMO / "osmo-workflow.yaml").read_text().split("default-values:\n")
+    kept = re.sub(TOKENS, r"<\1>", text)
+    environment = jinja2.sandbox.SandboxedEnvironment(undefined=jinja2.StrictUndefined)
+    return yaml.safe_load(environment.from_string(kept).render(yaml.safe_load(defaults) | chosen))["workflow"]
+
+
+def tasks(workflow: dict[str, Any]) -> list[dict[str, Any]]:
+    return workflow["groups"][0]["tasks"]
+
+
+def imports(module: str) -> set[str]:
+    """The modules of train/ that a module imports as it begins, and those that they import."""
+    found: set[str] = set()
+    for node in ast.parse((TRAIN / f"{module}.py").read_text()).body:
+        names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        found |= {name for name in names if (TRAIN / f"{name}.py").exists()}
+    return {module}.union(*(imports(name) for name in found))
+
+
+def test_what_is_sent_is_what_train_py_imports() -> None:
+    files = {file["path"]: OSMO / file["localpath"] for file in tasks(rendered())[0]["files"]}
+    assert {path for path in files if path.endswith(".py")} == {f"/opt/act/{name}.py" for name in imports("train")}
+    assert {"/opt/act/osmo-config.yaml", "/opt/act/train.sh"} < files.keys()
+    for path in files.values():
+        assert not re.search(r"\{[{%#]", path.read_text()), f"{path}: the server would render this"
+        assert path.stat().st_size < 2**19, "each becomes a Kubernetes Secret of 1 MiB at most"
+
+
+def test_the_configuration_and_the_workflow_agree_on_the_pods_paths() -> None:
+    config, task = load(OSMO / "osmo-config.yaml"), tasks(rendered())[0]
+    assert str(config.data.bag_dir) == "/osmo/data/input/0" and task["inputs"][0]["url"].startswith("azure://")
+    assert str(config.output_dir) == task["checkpoint"][0]["path"] == task["environment"]["CHECKPOINTS"]
+    regex = task["inputs"][0]["regex"]
+    assert regex == task["environment"]["BAGS_REGEX"] and f'RECORDING = r"{regex}"' in (OSMO / "submit.py").read_text()
+    assert task["inputs"][1]["url"] == task["checkpoint"][0]["url"] + "/checkpoints"
+    assert task["environment"]["BEFORE"] == "<input:1>" and task["environment"]["OUTPUT"] == "<output>"
+
+
+@pytest.mark.parametrize(("gpus", "nodes"), [(1, 1), (8, 1), (8, 4)])
+def test_one_file_from_one_gpu_to_many_nodes(gpus: int, nodes: int) -> None:
+    workflow = rendered(gpus=gpus, nodes=nodes)
+    assert workflow["resources"]["default"] == {
+        "gpu": gpus,
+        "cpu": 8 * gpus,
+        "memory": f"{32 * gpus}Gi",
+        "storage": "200Gi",
+    }
+    assert [task["lead"] for task in tasks(workflow)] == [True] + [False] * (nodes - 1)
+    assert ["outputs" in task and "checkpoint" in task for task in tasks(workflow)] == [True] + [False] * (nodes - 1)
+    for number, task in enumerate(tasks(workflow)):
+        environment = task["environment"]
+        assert len(task["inputs"]) == (2 if number == 0 else 1) and bool(environment["BEFORE"]) == (number == 0)
+        assert (environment["GPUS"], environment["NODES"], environment["NODE"]) == (str(gpus), str(nodes), str(number))
+        assert environment["LEAD"] == ("<host:node-0>" if nodes > 1 else "")
+        assert "credentials" not in task, "one that is not there makes the server refuse"
+
+
+def test_what_is_asked_for_is_in_the_workflow() -> None:
+    settings = """training.steps=5 'data.cameras={color: /cam, b: "/x"}'"""
+    workflow = rendered(
+        settings=settings, platform="dgx", dataset="cups", azure_cred="azure_cred", run="a-b", runs="s3://b/runs"
+    )
+    task = tasks(workflow)[0]
+    assert workflow["name"] == "a-b" and workflow["resources"]["default"]["platform"] == "dgx"
+    assert task["args"] == ["/opt/act/train.sh", settings]
+    assert task["inputs"][0] == {"dataset": {"name": "cups"}}
+    assert task["credentials"] == {"azure_cred": {"AZURE_STORAGE_KEY": "azure_storage_key"}}
+    assert task["outputs"] == [{"url": "s3://b/runs/a-b"}]
+
+
+@pytest.fixture
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A stand-in `osmo` on PATH, logged in to the default server, with the default container."""
+    folder = tmp_path / "osmo"
+    (folder / "bin").mkdir(parents=True)
+    (folder / "bin/osmo").symlink_to(standin_osmo.__file__)
+    Path(standin_osmo.__file__).chmod(0o755)
+    (folder / "login.yaml").write_text("url: http://192.168.1.100\ntoken_login: {refresh_token: secret}\n")
+    bags = folder / "storage/stosmorbt3dev001/datasets"
+    write(bags / "day_1/episode_0", episode(camera=False))
+    monkeypatch.setenv("PATH", f"{folder / 'bin'}:{os.environ['PATH']}")
+    monkeypatch.setenv("OSMO_STANDIN", str(folder))
+    monkeypatch.setenv("OSMO_CONFIG_FILE_DIR", str(folder))
+    return folder
+
+
+def submit(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(OSMO / "submit.py"), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert "Traceback" not in done.stderr and "secret" not in done.stdout + done.stderr, done.stderr
+    return done
+
+
+def calls(world: Path, *command: str) -> list[list[str]]:
+    log = world / "calls.jsonl"
+    found = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    return [call for call in found if tuple(call[: len(command)]) == command]
+
+
+def test_with_nothing_else_it_does_what_is_meant(world: Path) -> None:
+    done = submit()
+    assert done.returncode == 0 and "osmo workflow logs train-rosbag-act-7" in done.stdout, done.stderr
+    workflow = [str(OSMO / "osmo-workflow.yaml"), "--pool", "gpu-pool"]
+    assert calls(world, "workflow", "validate") == [["workflow", "validate", *workflow]]
+    assert calls(world, "workflow", "submit") == [["workflow", "submit", *workflow, "-t", "json"]]
+
+
+def test_options_reach_the_workflow_and_a_dry_run_says_so(world: Path, tmp_path: Path) -> None:
+    write(tmp_path / "my bags/episode_1", episode(camera=False))
+    options = ("--run", "cups", "--gpus", "8", "--priority", "LOW", "--rosbags", tmp_path / "my bags")
+    settings = ("training.steps=20", "data.cameras={color: /cam}")
+    dry = submit(*options, "--dry-run", *settings)
+    assert dry.returncode == 0 and not calls(world), dry.stderr
+    done = submit(*options, "--follow", *settings)
+    assert done.returncode == 0 and "90 recordings" in done.stdout and "COMPLETED" in done.stdout, done.stderr
+    ran = [call for verb in ("upload", "validate", "submit") for call in calls(world) if verb in call[:2]]
+    assert [subprocess.list2cmdline(call) for call in ran] == [
+        subprocess.list2cmdline(list(call[1:])) for call in map(shlex.split, dry.stdout.splitlines())
+    ]
+    chosen = ran[-1]
+    assert "gpus=8" in chosen and "run=cups" in chosen and chosen[-2:] == ["--priority", "LOW"]
+    assert "settings=training.steps=20 'data.cameras={color: /cam}'" in chosen
+    assert "rosbags=azure://stosmorbt3dev001/datasets/my bags" in chosen
+    assert len(list((world / "storage/stosmorbt3dev001/datasets/my bags").rglob("*.mcap"))) == 1
+    write(world / "storage/stosmorbt3dev001/datasets/my bags/old", episode(camera=False))
+    again = submit(*options, *settings)
+    assert again.returncode == 1 and "old.mcap: lies there but not in" in again.stderr
+    assert len(calls(world, "workflow", "submit")) == 1
+
+
+LIMITED = {"message": "local_rate_limited", "code": 429}
+DOWN = {"message": "\nCannot connect to OSMO service, with error:\nConnection refused", "code": 1}
+EXPIRED = {"message": "Jwt is expired", "code": 401}
+REFUSED = (
+    "Error message: Validation error: workflow.groups.0.tasks.0\n  Extra inputs are not permitted\nError code: 400"
+)
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "text", "ends", "words", "submits"),
+    [
+        ("workflow validate", 1, REFUSED, 1, ["Extra inputs are not permitted", "mend what it names"], 0),
+        ("workflow submit", 1, {"message": "Validation error", "code": 400}, 1, ["Validation error"], 1),
+        ("workflow submit", 75, LIMITED, 75, ["local_rate_limited", "wait a minute"], 1),
+        ("workflow submit", 10, DOWN, 10, ["Connection refused", "may have been accepted", "osmo workflow list"], 1),
+        ("workflow submit", 0, "<html>", 1, ["<html>", "osmo workflow list"], 1),
+        ("pool list", 10, DOWN, 10, ["Connection refused", "is http://192.168.1.100 up"], 0),
+        ("pool list", 2, EXPIRED, 2, ["Jwt is expired", "osmo login http://192.168.1.100"], 0),
+        ("version", 0, {"client": {"major": "6", "minor": "2"}}, 1, ["client is 6.2", "6.3"], 0),
+        ("data list", 0, "\nTotal 0 objects found", 1, ["holds no recording"], 0),
+        ("data list", 2, "Error message: no credential\nError code: 1", 0, ["was not looked into, the pod will"], 1),
+    ],
+)
+def test_what_osmo_refuses(
+    world: Path, command: str, code: int, text: Any, ends: int, words: list[str], submits: int
+) -> None:
+    (world / "answers.json").write_text(json.dumps({command: [code, text]}))
+    done = submit()
+    assert done.returncode == ends and all(word in done.stderr for word in words), done.stderr
+    assert len(calls(world, "workflow", "submit")) == submits, "never twice"
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "words"),
+    [
+        (
+            ["--server", "http://10.0.0.9"],
+            2,
+            ["logged in to http://192.168.1.100, not to http://10.0.0.9", "osmo login"],
+        ),
+        (["--pool", "maint-pool"], 1, ["maint-pool: is MAINTENANCE, expected ONLINE"]),
+        (["--pool", "none", "--dataset", "d"], 1, ["there are gpu-pool, maint-pool", "6.4 has no datasets"]),
+        (["--platform", "a100"], 1, ["--platform a100: gpu-pool has dgx"]),
+        (["--rosbags", "azure://other/bags"], 2, ["container does not exist", "DATA credential"]),
+        (
+            ["--rosbags", "/nowhere", "--run", "a_", "--gpus", "-1", "--image", "a b"],
+            1,
+            ["/nowhere", "a_", "-1", "'a b'"],
+        ),
+        (
+            ["training.stps=1", "data.cameras={{a: /b}: c}"],
+            1,
+            ["did you mean training.steps", "would expand this"],
+        ),
+        (["data={bag_dir: /x}"], 1, ["data.bag_dir", "--rosbags"]),
+        (["--rosbags", ""], 1, ["--rosbags"]),
+        (["--rosbags", "azure://a/b,c#d"], 1, ["becomes a URL"]),
+        (["--fetch", ""], 1, ["--fetch", "not the name of a run"]),
+        (["--server", "http://192.168.1.100:x"], 1, ["--server http://192.168.1.100:x"]),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_is_sent(
+    world: Path, options: list[str], code: int, words: list[str]
+) -> None:
+    done = submit(*options)
+    assert done.returncode == code and all(word in done.stderr for word in words), done.stderr
+    assert bool(calls(world, "workflow", "submit")) == (code == 0)
+
+
+def test_two_workflows_of_one_run(world: Path) -> None:
+    assert submit("--priority", "LOW").returncode == 0 and "--all-users" in calls(world, "workflow", "list")[0]
+    running = [
+        {"name": "train-rosbag-act-cups-3", "status": "RUNNING"},
+        {"name": "train-rosbag-act-2", "status": "RUNNING"},
+    ]
+    (world / "workflows.json").write_text(json.dumps(running))
+    done = submit()
+    assert done.returncode == 1 and "train-rosbag-act-2 is RUNNING and writes the same checkpoints" in done.stderr
+    assert "cups" not in done.stderr
+
+
+def test_low_priority_may_have_more_than_the_pool_promises(world: Path) -> None:
+    refused = (
+        "Error message: group requires 40 GPUs. Higher gpu counts must be submitted with LOW priority\nError code: 400"
+    )
+    (world / "answers.json").write_text(json.dumps({"workflow validate": [1, refused]}))
+    assert submit("--gpus", "40").returncode == 1
+    assert submit("--gpus", "40", "--priority", "LOW").returncode == 0
+
+
+def test_without_a_login_or_the_command(world: Path) -> None:
+    (world / "login.yaml").unlink()
+    done = submit()
+    assert done.returncode == 2 and "not logged in; osmo login http://192.168.1.100" in done.stderr
+    (world / "bin/osmo").unlink()
+    done = submit()
+    assert done.returncode == 2 and "osmo: no such command" in done.stderr
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+class Pod:
+    """Local folders in place of OSMO's: the bundle as the workflow sends it, the inputs, the output, the uploads."""
+
+    def __init__(self, folder: Path, world: Path, *overrides: str) -> None:
+        self.code, self.before, self.output = folder / "code", folder / "before", folder / "output"
+        self.checkpoints, self.world, self.folder = folder / "pod/checkpoints", world, folder
+        self.url, self.port = "azure://stosmorbt3dev001/datasets/bags", free_port()
+        for path in (self.code, self.before, self.output):
+            path.mkdir()
+        for file in tasks(rendered())[0]["files"]:
+            shutil.copy(OSMO / file["localpath"], self.code)
+        shutil.copy(tiny(recorded(folder), *overrides), self.code / "osmo-config.yaml")
+        shutil.copytree(folder / "bags", world / "storage/stosmorbt3dev001/datasets/bags")
+
+    def start(self, settings: str = "", gpus: int = 1, nodes: int = 1, node: int = 0) -> subprocess.Popen[str]:
+        environment = {
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "CHECKPOINTS": str(self.checkpoints) if node == 0 else str(self.folder / f"pod_{node}/checkpoints"),
+            "BEFORE": str(self.before) if node == 0 else "",
+            "OUTPUT": str(self.output),
+            "RUN_URL": "azure://stosmorbt3dev001/datasets/runs/r",
+            "GPUS": str(gpus),
+            "NODES": str(nodes),
+            "NODE": str(node),
+            "LEAD": "127.0.0.1" if nodes > 1 else "",
+            "CPUS": "1",
+            "PORT": str(self.port),
+            "BAGS_URL": self.url,
+            "BAGS": str(self.folder / "bags"),
+            "BAGS_REGEX": tasks(rendered())[0]["environment"]["BAGS_REGEX"],
+        }
+        return subprocess.Popen(
+            ["bash", self.code / "train.sh", settings],
+            env=os.environ | environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def processes(self, node: int = 0) -> Iterator[tuple[int, str]]:
+        """What runs in a pod, and its command: those that torchrun put into sessions of their own too."""
+        mark = f"CHECKPOINTS={self.checkpoints if node == 0 else self.folder / f'pod_{node}/checkpoints'}\0"
+        for process in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                if mark in (process / "environ").read_text(errors="ignore"):
+                    yield int(process.name), (process / "cmdline").read_text()
+
+    def lose(self, node: int = 0) -> None:
+        for number, _ in self.processes(node):
+            os.kill(number, signal.SIGKILL)
+
+    def upload(self) -> None:
+        """What OSMO does from time to time: by the workflow's regex, on the path from the folder's name on."""
+        regex = re.compile(tasks(rendered())[0]["checkpoint"][0]["regex"])
+        for file in self.checkpoints.rglob("*"):
+            if file.is_file() and regex.match(file.relative_to(self.checkpoints.parent).as_posix()):
+                standin_osmo.fill(file, self.before / file.relative_to(self.checkpoints))
+
+
+def test_a_pod_that_is_lost_goes_on_in_the_next_one(tmp_path: Path, world: Path) -> None:
+    pod = Pod(tmp_path, world)
+    lost = pod.start("training.steps=4000")
+    while not (pod.checkpoints / "checkpoint_000010").exists() and lost.poll() is None:
+        time.sleep(0.01)
+    pod.lose()
+    (pod.checkpoints / ".checkpoint_000500.tmp").mkdir()
+    (pod.checkpoints / ".checkpoint_000500.tmp/half").touch()
+    pod.upload()
+    newest = max(path.name for path in pod.before.glob("checkpoint_*"))
+    (pod.before / newest / "pretrained_model/model.safetensors").unlink()  # the upload was cut off
+    shutil.rmtree(pod.checkpoints)
+    assert not list(pod.before.rglob("*half")), "what was being written is not uploaded"
+
+    out, _ = (last := pod.start("training.steps=30 'training.log_every=3'")).communicate(timeout=120)
+    assert last.returncode == 0, out
+    assert f"{newest}: passed over" in out and "going on from" in out and "policy: azure://" in out
+    assert json.loads((pod.output / "pretrained_model/robot.json").read_text())["step"] == 30
+    assert Policy.load(pod.output / "pretrained_model") and (pod.output / "metrics.jsonl").exists()
+
+
+def test_the_exit_code_of_several_processes_reaches_osmo(tmp_path: Path, world: Path) -> None:
+    pod = Pod(tmp_path, world, "training.steps=4000")
+    process = pod.start(gpus=2)
+    while not (pod.checkpoints / "checkpoint_000005").exists() and process.poll() is None:
+        time.sleep(0.01)
+    last = max(number for number, command in pod.processes() if "\0train.py" in command and "torchrun" not in command)
+    os.kill(last, signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 75 and "stopped at step" in out, out
+    assert not list(pod.output.iterdir()), "no policy yet"
+
+
+def test_two_nodes_and_one_of_them_is_lost(tmp_path: Path, world: Path) -> None:
+    pod = Pod(tmp_path, world, "training.batch_size=2")
+    lead, other = (pod.start("training.steps=4000", nodes=2, node=node) for node in (0, 1))
+    while not (pod.checkpoints / "checkpoint_000005").exists() and lead.poll() is None:
+        time.sleep(0.01)
+    pod.lose(node=1)
+    out, _ = lead.communicate(timeout=60)
+    assert lead.returncode == 75 and "gone without a word" in out, out
+    pod.upload()
+    shutil.rmtree(pod.checkpoints)
+    steps = 5 + max(int(path.name.split("_")[1]) for path in pod.before.glob("checkpoint_*"))
+    lead, other = (pod.start(f"training.steps={steps}", nodes=2, node=node) for node in (0, 1))
+    for process in (lead, other):
+        out, _ = process.communicate(timeout=120)
+        assert process.returncode == 0, out
+    assert json.loads((pod.output / "pretrained_model/robot.json").read_text())["step"] == steps
+
+
+def test_checkpoints_that_could_not_be_uploaded_stop_it_before_the_first_step(tmp_path: Path, world: Path) -> None:
+    pod = Pod(tmp_path, world)
+    shutil.rmtree(world / "storage")
+    out, _ = (process := pod.start()).communicate(timeout=60)
+    assert process.returncode == 1 and "checkpoints could not be uploaded there" in out and "ContainerNotFound" in out
+    assert "training:" not in out
+
+
+@pytest.mark.parametrize(
+    ("gpus", "settings"), [(1, "training.stps=3"), (2, "training.stps=3"), (1, "training.steps=3 'a")]
+)
+def test_a_fault_is_not_run_again(tmp_path: Path, world: Path, gpus: int, settings: str) -> None:
+    out, _ = (process := Pod(tmp_path, world).start(settings, gpus)).communicate(timeout=60)
+    assert process.returncode == 1 and ("did you mean training.steps" in out or "is a quote left open" in out), out
+
+
+def test_a_broken_script_is_not_run_again(tmp_path: Path, world: Path) -> None:
+    pod = Pod(tmp_path, world)
+    with (pod.code / "ranks.py").open("a") as script:
+        script.write("import nothing_of_this_name\n")
+    out, _ = (process := pod.start(gpus=2)).communicate(timeout=60)
+    assert process.returncode == 1 and "nothing_of_this_name" in out
+
+
+def test_recordings_that_did_not_arrive_are_fetched_again(tmp_path: Path, world: Path) -> None:
+    pod = Pod(tmp_path, world)
+    shutil.rmtree(tmp_path / "bags/episode_0")
+    out, _ = (process := pod.start()).communicate(timeout=60)
+    assert process.returncode == 75 and re.search(r"only \d+ of \d+ files arrived", out), out
+
+
+def test_a_finished_run_that_is_submitted_again_hands_over_its_policy(tmp_path: Path, world: Path) -> None:
+    pod = Pod(tmp_path, world, "training.steps=10")
+    pod.start().communicate(timeout=120)
+    pod.upload()
+    shutil.rmtree(pod.checkpoints)
+    shutil.rmtree(pod.output / "pretrained_model")
+    for late in ("checkpoint_000015", "checkpoint_000020", "checkpoint_000025"):  # of uploads that were cut off
+        shutil.copytree(pod.before / "checkpoint_000005/training_state", pod.before / late / "training_state")
+    out, _ = (process := pod.start()).communicate(timeout=120)
+    assert process.returncode == 0 and out.count("passed over") == 3, out
+    assert json.loads((pod.output / "pretrained_model/robot.json").read_text())["step"] == 10
+
+
+def test_fetching_the_newest_whole_checkpoint(tmp_path: Path, world: Path) -> None:
+    pod = Pod(tmp_path, world, "training.steps=10")
+    process = pod.start()
+    process.communicate(timeout=120)
+    stored = world / "storage/stosmorbt3dev001/datasets/runs/test-of-fetching/checkpoints"
+    shutil.copytree(pod.checkpoints, stored)
+    (stored / "checkpoint_000010/pretrained_model/config.json").write_text("{")
+    fetched = OSMO.parents[1] / "outputs/test-of-fetching"
+    try:
+        done = submit("--fetch", "test-of-fetching")
+        assert done.returncode == 0, done.stderr
+        assert "checkpoint_000010: not whole, without pretrained_model/config.json" in done.stderr
+        assert Policy.load(Path(done.stdout.strip())) and "checkpoint_000005" in done.stdout
+    finally:
+        shutil.rmtree(fetched, ignore_errors=True)
+    done = submit("--fetch", "nothing-there")
+    assert done.returncode == 1 and "holds no whole checkpoint" in done.stderr
