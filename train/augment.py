@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dataset import Batch
 from faults import Fault
+from run_folder import write_whole
 
 
 class Augment:
@@ -62,7 +63,4 @@ class Augment:
         drawn = torch.cat([images[None], self.pictures(images.expand(columns - 1, *images.shape))])  # (N, C, H, W, 3)
         sheet = np.concatenate([np.concatenate(list(column), 0) for column in drawn.numpy()], 1)
         encoded = cv2.imencode(".png", cv2.cvtColor(sheet, cv2.COLOR_RGB2BGR))[1]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        writing = path.with_name(f".{path.name}.tmp")
-        writing.write_bytes(encoded.tobytes())
-        writing.rename(path)
+        write_whole(path, encoded.tobytes())

@@ -30,7 +30,15 @@ from faults import Fault
 from normalize import Normalizer
 from pretrained import ROBOT, WEIGHTS, write_json
 from ranks import Ranks
-from run_folder import RESUME, best_checkpoint, checkpoint_name, files_of, newest_checkpoint, whole_checkpoints
+from run_folder import (
+    RESUME,
+    best_checkpoint,
+    checkpoint_name,
+    files_of,
+    newest_checkpoint,
+    whole_checkpoints,
+    write_whole,
+)
 
 BEST = "best.json"
 FIGURES = ("loss", "l1", "kl", "grad_norm")  # of each step, in the window
@@ -85,10 +93,9 @@ def save(
         _settle(final.parent)
         best = best_checkpoint(config.output_dir)
         if best:
-            naming = config.output_dir / f".{BEST}.tmp"
             unit = "standard deviations of the training actions"
-            write_json(naming, {"checkpoint": best[0].name, "validation_l1": best[1], "unit": unit})
-            naming.rename(config.output_dir / BEST)
+            named = {"checkpoint": best[0].name, "validation_l1": best[1], "unit": unit}
+            write_whole(config.output_dir / BEST, json.dumps(named, indent=2) + "\n")
     except (OSError, SafetensorError) as error:
         shutil.rmtree(writing, ignore_errors=True)
         newest = newest_checkpoint(config.output_dir)

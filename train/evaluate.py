@@ -29,7 +29,7 @@ from dataset import Dataset, load_dataset
 from faults import Fault, Stopped, told_plainly
 from measure import METHODS, UNIT, measure, summary
 from policy import Policy
-from run_folder import best_checkpoint, validation, whole_checkpoints
+from run_folder import best_checkpoint, validation, whole_checkpoints, write_whole
 
 
 def table(found: dict[str, Any]) -> str:
@@ -75,13 +75,13 @@ def judge(checkpoint: Path, out: Path, config: Config, dataset: Dataset, device:
     policy = Policy.load(checkpoint / "pretrained_model", device)
     judgement = measure(policy, config, dataset.validation)
     found = summary(checkpoint.name, judgement)
-    write(out / "evaluation.json", json.dumps(found, indent=1) + "\n")
+    write_whole(out / "evaluation.json", json.dumps(found, indent=1) + "\n")
     if not find_spec("matplotlib"):
         return (
             found,
             f"figures: {out}/evaluation.json; no page with pictures, it takes matplotlib: pip install matplotlib",
         )
-    write(out / "report.html", report.page(checkpoint, judgement, found))
+    write_whole(out / "report.html", report.page(checkpoint, judgement, found))
     return found, f"page: {out}/report.html"
 
 
@@ -105,14 +105,6 @@ def judge_at_the_end(last: Path, config: Config, dataset: Dataset, device: str) 
             f"{found['share_of_holding_still']:.0%} of holding still"
         )
         print(where, flush=True)
-
-
-def write(path: Path, text: str) -> None:
-    """A file under a temporary name, renamed when whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    writing = path.with_name(f".{path.name}.tmp")
-    writing.write_text(text)
-    writing.rename(path)
 
 
 def compare(run: Path, config: Config, dataset: Dataset, device: str) -> tuple[list[dict[str, Any]], str]:
@@ -194,7 +186,7 @@ def main() -> None:
         place = f"-{arguments.bags.resolve().name}" if arguments.bags else ""
         if arguments.all:
             figures, text = compare(run, config, dataset, device)
-            write(run / f"evaluation/checkpoints{place}.json", json.dumps(figures, indent=1) + "\n")
+            write_whole(run / f"evaluation/checkpoints{place}.json", json.dumps(figures, indent=1) + "\n")
             print(text)
             return
         out = run / f"evaluation/{folder.name}{place}"

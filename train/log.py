@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from dataset import Batch
+from run_folder import write_whole
 
 
 class Log:
@@ -23,9 +24,7 @@ class Log:
         if not writes:
             return
         path = folder / "metrics.jsonl"
-        writing = folder / ".metrics.jsonl.tmp"
-        writing.write_text("".join(_lines_until(step, path)))
-        writing.rename(path)
+        write_whole(path, "".join(_lines_until(step, path)))
         self.file = path.open("a", buffering=1)
         if find_spec("tensorboard"):
             from torch.utils.tensorboard import SummaryWriter

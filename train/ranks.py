@@ -25,16 +25,10 @@ from torch import Tensor
 from faults import AGAIN, Fault, Stopped
 
 STARTING = timedelta(minutes=5)  # until all processes have met; also a hanging exchange of gradients
-PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 WAITING = timedelta(days=1)  # for one that reads bags, validates or saves: if it dies, its closed socket tells
-LOST = (
-    "connection",
-    "broken pipe",
-    "socket",
-    "timed out",
-    "timeout",
-    "remote",
-)  # in what gloo, NCCL and the store raise
+PR_SET_PDEATHSIG = 1  # of linux/prctl.h
+# in what gloo, NCCL and the store raise
+LOST = ("connection", "broken pipe", "socket", "timed out", "timeout", "remote")
 
 
 class Ranks(NamedTuple):

@@ -1,6 +1,6 @@
 """The folder of a run: which checkpoints are in it, and which of them are whole. No torch here.
 
-python train/run_folder.py outputs/train-rosbag-act     # the newest that is whole, and what others lack
+python train/run_folder.py outputs/train-rosbag-act     # the newest that is whole, then the best; what others lack
 """
 
 from __future__ import annotations
@@ -67,6 +67,14 @@ def checkpoints(run: Path) -> list[Path]:
     """All checkpoints in a run's folder, whole or not, by their steps."""
     found = [path for path in run.glob("checkpoint_*") if re.fullmatch(r"checkpoint_\d{6,}", path.name)]
     return sorted(found, key=lambda path: int(path.name.split("_")[1]))
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """A file under a temporary name, renamed when whole; its folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    writing = path.with_name(f".{path.name}.tmp")
+    writing.write_bytes(content.encode() if isinstance(content, str) else content)
+    writing.rename(path)
 
 
 def main() -> None:

@@ -40,6 +40,7 @@ from demo_bags import (
 from faults import Fault
 from images import resize
 from policy import Policy
+from run_folder import write_whole
 
 TRIAL_S = 4.0
 TOLERANCES = (0.05, 0.04, 0.03)  # of the flange from its place over the disc
@@ -174,15 +175,9 @@ def simulate(policy: Policy, config: Config, trials: int, folder: Path) -> str:
     about = (
         f"{trials} unseen discs, {TRIAL_S:g} s at {arm.fps:g} Hz, {arm.n_action_steps} of each chunk's {meant} executed"
     )
-    folder.mkdir(parents=True, exist_ok=True)
     sheet = contact_sheet(scenes, states, distances["the camera on"], arm.fps)
-    for name, content in (
-        ("simulation.json", json.dumps({"about": about, "reached": figures}, indent=2).encode() + b"\n"),
-        ("simulation.png", cv2.imencode(".png", sheet[..., ::-1])[1].tobytes()),
-    ):
-        writing = folder / f".{name}.tmp"
-        writing.write_bytes(content)
-        writing.rename(folder / name)
+    write_whole(folder / "simulation.json", json.dumps({"about": about, "reached": figures}, indent=2) + "\n")
+    write_whole(folder / "simulation.png", cv2.imencode(".png", sheet[..., ::-1])[1].tobytes())
     return f"{about}\n{table(figures)}\npicture: simulation.png in {folder}"
 
 

@@ -194,9 +194,7 @@ def _start(config: Config, dataset: Dataset, device: torch.device, ranks: Ranks)
         config.output_dir.mkdir(parents=True, exist_ok=True)
         for half in config.output_dir.glob(".checkpoint_*.tmp"):  # of a run that was killed
             shutil.rmtree(half)
-        writing = config.output_dir / ".config.yaml.tmp"
-        writing.write_text(dump(config))
-        writing.rename(config.output_dir / "config.yaml")
+        run_folder.write_whole(config.output_dir / "config.yaml", dump(config))
     except OSError as error:
         raise Fault(f"output_dir: {config.output_dir} cannot be written ({error.strerror}); set another") from None
     return state
