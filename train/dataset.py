@@ -7,14 +7,18 @@ would run out of file descriptors, and a file cut short would be a bus error ins
 
 from __future__ import annotations
 
+import errno
 import functools
 import hashlib
 import json
+import os
 import queue
 import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -229,12 +233,14 @@ def _cache_folder(bag: Bag, data: Data, code: str) -> Path:
 
 def _cache_recording(bag: Bag, data: Data, folder: Path) -> None:
     """Read a recording and decode the pictures its ticks need, under a temporary name until it is whole."""
-    recording = read_recording(bag, data)
+    with ThreadPoolExecutor(1) as beside:  # the interpreter is not needed to hash
+        hashes = beside.submit(lambda: {file.name: _sha256(file) for file in bag.files})
+        recording = read_recording(bag, data)
     try:
         data.cache_dir.mkdir(parents=True, exist_ok=True)
         building = Path(tempfile.mkdtemp(prefix=".building-", dir=data.cache_dir))
         try:
-            _write_recording(bag, recording, data, building)
+            _write_recording(bag, recording, hashes.result(), data, building)
             building.chmod(0o755)
             try:
                 building.rename(folder)
@@ -252,31 +258,33 @@ def _cache_recording(bag: Bag, data: Data, folder: Path) -> None:
         ) from None
 
 
-def _write_recording(bag: Bag, recording: Recording, data: Data, folder: Path) -> None:
+def _write_recording(bag: Bag, recording: Recording, hashes: dict[str, str], data: Data, folder: Path) -> None:
     np.save(folder / "state.npy", np.concatenate([episode.state for episode in recording.episodes]))
     np.save(folder / "action.npy", np.concatenate([episode.action for episode in recording.episodes]))
     wanted: dict[str, np.ndarray] = {}
-    sizes: dict[str, tuple[int, ...]] = {}
+    length = data.image_size[0] * data.image_size[1] * 3  # of a picture
     for camera, topic in data.cameras.items():
         wanted[topic], rows = np.unique(
             np.concatenate([episode.frames[camera] for episode in recording.episodes]), return_inverse=True
         )
         np.save(folder / f"{camera}.npy", rows)
-    files = {topic: (folder / f"{camera}.rgb").open("wb") for camera, topic in data.cameras.items()}
-    try:
-        for topic, pixels, size in read_frames(bag, wanted, data.image_size) if wanted else ():
-            files[topic].write(pixels.data)
-            sizes[topic] = size
-    finally:
-        for file in files.values():
-            file.close()
+    with ExitStack() as opened:
+        files = {
+            topic: opened.enter_context((folder / f"{camera}.rgb").open("wb")) for camera, topic in data.cameras.items()
+        }
+
+        def keep(topic: str, row: int, pixels: np.ndarray) -> None:
+            if os.pwrite(files[topic].fileno(), pixels.data, row * length) < length:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        sizes = read_frames(bag, wanted, data.image_size, keep) if wanted else {}
     meta = {
         "episodes": [len(episode.state) for episode in recording.episodes],
         "notes": recording.notes,
         "state_names": recording.state_names,
         "action_names": recording.action_names,
         "picture_sizes": {camera: sizes[topic] for camera, topic in data.cameras.items()},
-        "files": {file.name: _sha256(file) for file in bag.files},
+        "files": hashes,
     }
     (folder / "meta.json").write_text(json.dumps(meta, indent=2))
 

@@ -7,16 +7,16 @@ Where one is too old the episode is split, never filled in.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
 
-from bags import Bag, read_messages
+from bags import Bag, Message, read_messages
 from config import Data, Signal
 from faults import Fault
-from images import resize, to_rgb
+from images import at_size
 from signals import Series, read_series
 
 WORTH_SAYING_NS = 500_000_000
@@ -150,38 +150,42 @@ def _runs(mask: np.ndarray) -> list[tuple[int, int]]:
 
 
 def read_frames(
-    bag: Bag, wanted: dict[str, np.ndarray], size: tuple[int, int]
-) -> Iterator[tuple[str, np.ndarray, tuple[int, ...]]]:
-    """(topic, RGB (*size, 3) uint8, its height and width in the bag) of the wanted message numbers of each topic.
+    bag: Bag,
+    wanted: dict[str, np.ndarray],
+    size: tuple[int, int],
+    keep: Callable[[str, int, np.ndarray], None],
+) -> dict[str, tuple[int, int]]:
+    """Decode the wanted message numbers of each topic, rising, and no other picture; each topic's height and width in the bag.
 
-    In the bag's order; no other picture is decoded.
+    keep(topic, i, RGB (*size, 3) uint8) gets the picture of its i-th wanted number, from several threads and in any order.
     """
-    chosen = {topic: set(map(int, numbers)) for topic, numbers in wanted.items()}
-    native: dict[str, tuple[int, ...]] = {}
+    native: dict[str, tuple[int, int]] = {}
+    row_of = {topic: {int(number): row for row, number in enumerate(numbers)} for topic, numbers in wanted.items()}
 
-    def decode(place: str, content: object) -> tuple[tuple[int, ...], np.ndarray]:
-        pixels = to_rgb(content, place)
-        return pixels.shape[:2], resize(pixels, size)
+    def decode(message: Message, row: int) -> tuple[Message, tuple[int, int]]:
+        pixels, shape = at_size(message.content, message.place, size)
+        keep(message.topic, row, pixels)
+        return message, shape
 
-    def finish(
-        topic: str, place: str, job: Future[tuple[tuple[int, ...], np.ndarray]]
-    ) -> tuple[str, np.ndarray, tuple[int, ...]]:
-        shape, pixels = job.result()
-        if native.setdefault(topic, shape) != shape:
+    def finish(job: Future[tuple[Message, tuple[int, int]]]) -> None:
+        message, shape = job.result()
+        first = native.setdefault(message.topic, shape)
+        if first != shape:
             raise Fault(
-                f"{place}: is {shape[1]}x{shape[0]}, the pictures before it {native[topic][1]}x{native[topic][0]}; "
+                f"{message.place}: is {shape[1]}x{shape[0]}, the pictures before it {first[1]}x{first[0]}; "
                 "expected one size in a recording: leave it out"
             )
-        return topic, pixels, shape
 
     count = dict.fromkeys(wanted, 0)
-    pending: deque[tuple[str, str, Future[tuple[tuple[int, ...], np.ndarray]]]] = deque()
+    pending: deque[Future[tuple[Message, tuple[int, int]]]] = deque()
     with ThreadPoolExecutor(DECODERS) as pool:
         for message in read_messages(bag, wanted):
             number, count[message.topic] = count[message.topic], count[message.topic] + 1
-            if number in chosen[message.topic]:
-                pending.append((message.topic, message.place, pool.submit(decode, message.place, message.content)))
+            row = row_of[message.topic].get(number)
+            if row is not None:
+                pending.append(pool.submit(decode, message, row))
             if len(pending) > 4 * DECODERS:  # bounds the memory
-                yield finish(*pending.popleft())
+                finish(pending.popleft())
         while pending:
-            yield finish(*pending.popleft())
+            finish(pending.popleft())
+    return native

@@ -1,14 +1,18 @@
 """One camera message as RGB pixels at the size the network sees: the same code for training and on the robot.
 
-sensor_msgs/Image by its encoding, row step checked; sensor_msgs/CompressedImage by what its bytes are.
+sensor_msgs/Image by its encoding, row step checked; sensor_msgs/CompressedImage by what its bytes are. A JPEG that is
+twice as large as needed, or more, is decoded at half its size, or less: what libjpeg leaves out then, resizing would average
+away. It differs from decoding all of it by 0.2 to 0.6 of 255 in the mean, which is what saving it again at quality 95 does.
 """
 
 from __future__ import annotations
 
+import io
 from typing import Any
 
 import cv2
 import numpy as np
+import PIL.Image
 
 from faults import Fault
 
@@ -47,11 +51,33 @@ TO_RGB = {
     "yuyv": cv2.COLOR_YUV2RGB_YUY2,
 }
 JPEG_BEGIN, JPEG_END = b"\xff\xd8", b"\xff\xd9"
+# a camera's orientation tag must not turn the picture: the robot's node would not
+AS_IT_IS = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
+# by their bit alone: the colour is that of AS_IT_IS
+REDUCED = {8: cv2.IMREAD_REDUCED_GRAYSCALE_8, 4: cv2.IMREAD_REDUCED_GRAYSCALE_4, 2: cv2.IMREAD_REDUCED_GRAYSCALE_2}
 DEPTH = ("16UC1", "32FC1", "mono16", "compressedDepth")
 
 
-def to_rgb(message: Any, place: str) -> np.ndarray:
-    """The picture (H, W, 3) uint8 of an Image or CompressedImage message, at its own size.
+def at_size(message: Any, place: str, size: tuple[int, int]) -> tuple[np.ndarray, tuple[int, int]]:
+    """The picture (*size, 3) uint8 RGB of an Image or CompressedImage message, and its own height and width.
+
+    `place` opens the Fault that is raised where the message holds no colour picture.
+    """
+    if hasattr(message, "encoding") or message.data[:2].tobytes() != JPEG_BEGIN:
+        pixels = to_rgb(message, place)
+        return resize(pixels, size), (pixels.shape[0], pixels.shape[1])
+    try:
+        with PIL.Image.open(io.BytesIO(message.data)) as header:
+            width, height = header.size
+    except OSError:  # what to say of it, the decoder knows
+        height, width = size
+    exact = [by for by in REDUCED if (height, width) == (size[0] * by, size[1] * by)]
+    pixels = to_rgb(message, place, exact[0] if exact else 1)
+    return resize(pixels, size), (height, width)
+
+
+def to_rgb(message: Any, place: str, reduced: int = 1) -> np.ndarray:
+    """The picture (H, W, 3) uint8 RGB of an Image or CompressedImage message, at its own size; a JPEG reduced by 2, 4 or 8.
 
     `place` opens the Fault that is raised where the message holds no colour picture.
     """
@@ -61,7 +87,7 @@ def to_rgb(message: Any, place: str) -> np.ndarray:
             f"{place}: is a depth or 16-bit picture ({kind}); expected colour or 8-bit grey: give a colour camera's topic"
         )
     if not hasattr(message, "encoding"):
-        return _decompress(message.data, kind, place)
+        return _decompress(message.data, kind, place, reduced)
     if kind not in CHANNELS:
         raise Fault(f"{place}: encoding {kind!r} is not read; expected one of {', '.join(CHANNELS)}")
     height, width, step, row = message.height, message.width, message.step, message.width * CHANNELS[kind]
@@ -80,10 +106,10 @@ def to_rgb(message: Any, place: str) -> np.ndarray:
         ) from None
 
 
-def _decompress(data: np.ndarray, kind: str, place: str) -> np.ndarray:
+def _decompress(data: np.ndarray, kind: str, place: str, reduced: int) -> np.ndarray:
     cut = data[:2].tobytes() == JPEG_BEGIN and JPEG_END not in data.tobytes()  # some decoders fill up the rest in grey
-    try:  # a camera's orientation tag must not turn the picture: the robot's node would not
-        pixels = None if cut else cv2.imdecode(np.asarray(data), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
+    try:
+        pixels = None if cut else cv2.imdecode(np.asarray(data), REDUCED.get(reduced, 0) | AS_IT_IS)
     except cv2.error:  # an empty buffer
         pixels = None
     if pixels is None:
@@ -91,7 +117,7 @@ def _decompress(data: np.ndarray, kind: str, place: str) -> np.ndarray:
             f"{place}: {len(data)} bytes of format {kind!r} do not decode as a picture; the file is damaged or "
             "the recorder cut it short: leave the recording out"
         )
-    return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
+    return pixels
 
 
 def resize(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 from recordings import (
@@ -290,6 +291,16 @@ def test_bayer_yuv_and_jpeg_keep_their_colours() -> None:
     assert np.abs(images.to_rgb(jpeg(START, PIXELS), "here").astype(int) - PIXELS).mean() < 8
 
 
+@pytest.mark.parametrize(("size", "off"), [((240, 320), 1.0), ((120, 160), 1.0), ((224, 224), 0.0), ((480, 640), 0.0)])
+def test_a_jpeg_decoded_at_a_fraction_of_its_size_is_the_same_picture(size: tuple[int, int], off: float) -> None:
+    noise = np.random.default_rng(0).normal(0, 6, (480, 640, 3))
+    message = jpeg(START, (cv2.resize(picture(3), (640, 480)) + noise).clip(0, 255).astype(np.uint8))
+    pixels, native = images.at_size(message, "here", size)
+    whole = images.resize(images.to_rgb(message, "here"), size)
+    assert pixels.shape == (*size, 3) and native == (480, 640)
+    assert np.abs(pixels.astype(int) - whole).mean() <= off
+
+
 @pytest.mark.parametrize(
     ("message", "words"),
     [
@@ -315,7 +326,7 @@ def test_bayer_yuv_and_jpeg_keep_their_colours() -> None:
 )
 def test_a_broken_picture_gets_one_clear_message(message: object, words: list[str]) -> None:
     with pytest.raises(Fault) as caught:
-        images.to_rgb(message, "bag: /camera: message 7 at t+0.200 s")
+        images.at_size(message, "bag: /camera: message 7 at t+0.200 s", (24, 32))
     assert all(word in str(caught.value) for word in ["message 7", *words]), str(caught.value)
 
 

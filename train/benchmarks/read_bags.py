@@ -1,0 +1,135 @@
+"""From bags to a ready cache, against bare decoding of the same pictures on two threads, in turn.
+
+    python benchmarks/read_bags.py                1 GB of JPEG bags: 640x480 pictures at 30 Hz, joints at 500 Hz
+    python benchmarks/read_bags.py --gigabytes 0.2
+
+Bare is cv2.imdecode and cv2.resize to the training size, BGR as they come, of pictures that lie in memory, on two threads that
+share nothing. Ours finds the bag, checks it, reads the joints, aligns, decodes to RGB, resizes and writes the cache. Each bag
+is done by both, one after the other, in an order that changes from bag to bag; the rates are over all bags. It needs disk for the
+bags and four times their size for the cache, in the temporary folder (TMPDIR), and leaves nothing there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+from rosbags import rosbag2
+from rosbags.rosbag2 import StoragePlugin, Writer
+from tqdm import tqdm
+
+sys.path.extend(str(Path(__file__).parents[1] / folder) for folder in ("", "tests"))
+from recordings import CAMERA, JOINTS, START, STATE, STORES, joint_state, make
+
+from config import load
+from dataset import load_dataset
+
+BAGS, SIZE, PICTURES = 8, (240, 320), 64
+TYPES = {STATE: "sensor_msgs/msg/JointState", CAMERA: "sensor_msgs/msg/CompressedImage"}
+
+
+def pictures() -> list[np.ndarray]:
+    """Different JPEGs of 640x480, as large as those of a camera that sees a room (60 to 70 kB)."""
+    random = np.random.default_rng(0)
+    found = []
+    for _ in range(PICTURES):
+        coarse = random.integers(0, 256, (15, 20, 3), dtype=np.uint8)
+        pixels = cv2.resize(coarse, (640, 480), interpolation=cv2.INTER_CUBIC).astype(np.int16)
+        pixels = (pixels + random.normal(0, 6, pixels.shape)).clip(0, 255).astype(np.uint8)
+        found.append(cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, 85])[1].ravel())
+    return found
+
+
+def record(folder: Path, frames: list[np.ndarray], number: int, size: float) -> None:
+    """A bag of some bytes."""
+    store, seconds = STORES[False], size / (30 * np.mean([frame.size for frame in frames]))
+    with Writer(folder, version=9, storage_plugin=StoragePlugin.MCAP) as writer:
+        connections = {topic: writer.add_connection(topic, kind, typestore=store) for topic, kind in TYPES.items()}
+        for i in range(int(seconds * 500)):
+            stamp = START + i * 2_000_000
+            message = joint_state(stamp, np.sin(i / 400 + np.arange(3)), JOINTS)
+            writer.write(connections[STATE], stamp, store.serialize_cdr(message, TYPES[STATE]))
+            if i * 30 // 500 != (i - 1) * 30 // 500:
+                picture = make(TYPES[CAMERA], stamp=stamp, format="jpeg", data=frames[(i + number) % len(frames)])
+                writer.write(connections[CAMERA], stamp, store.serialize_cdr(picture, TYPES[CAMERA]))
+
+
+def bare(bag: Path) -> tuple[float, int]:
+    """Seconds to decode and resize the bag's pictures, and how many there are."""
+    (file,) = bag.glob("*.mcap")
+    with rosbag2.Reader(file) as reader:
+        wanted = [c for c in reader.connections if c.topic == CAMERA]
+        messages = (STORES[False].deserialize_cdr(raw, TYPES[CAMERA]) for _, _, raw in reader.messages(wanted))
+        jpegs = [message.data.copy() for message in messages]  # type: ignore[attr-defined]  # of a CompressedImage
+
+    def work(mine: list[np.ndarray]) -> None:
+        for jpeg in mine:
+            pixels = cv2.imdecode(jpeg, cv2.IMREAD_COLOR)
+            assert pixels is not None
+            cv2.resize(pixels, SIZE[::-1], interpolation=cv2.INTER_AREA)
+
+    threads = [threading.Thread(target=work, args=(jpegs[half::2],)) for half in (0, 1)]
+    start = time.perf_counter()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return time.perf_counter() - start, len(jpegs)
+
+
+def ours(bag: Path, cache: Path) -> tuple[float, int]:
+    """Seconds from the bag to its cache, and how many pictures are in it."""
+    settings = [
+        f"data.bag_dir={bag}",
+        f"data.cache_dir={cache}",
+        f"data.cameras={{color: {CAMERA}}}",
+        f"data.image_size={list(SIZE)}",
+        f"data.state=[{{topic: {STATE}, joints: {list(JOINTS)}}}]",
+        "data.validation_fraction=0",
+    ]
+    config = load(None, settings)
+    start = time.perf_counter()
+    dataset = load_dataset(config)
+    elapsed = time.perf_counter() - start
+    frames = int(dataset.train.frames["color"].row.max()) + 1
+    shutil.rmtree(cache)
+    return elapsed, frames
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gigabytes", type=float, default=1.0)
+    arguments = parser.parse_args()
+    cv2.setNumThreads(1)  # two threads in all, on both sides
+    with tempfile.TemporaryDirectory() as folder:
+        frames, bags = pictures(), [Path(folder, f"bag_{i}") for i in range(BAGS)]
+        for i, bag in enumerate(tqdm(bags, desc="recording", unit="bag")):
+            record(bag, frames, i, arguments.gigabytes * 1e9 / BAGS)
+        size = sum(file.stat().st_size for bag in bags for file in bag.iterdir())
+        totals = {"bare": np.zeros(2), "ours": np.zeros(2)}
+        ratios = []
+        for i, bag in enumerate(bags):
+            turns = ("bare", "ours") if i % 2 else ("ours", "bare")
+            times = {name: bare(bag) if name == "bare" else ours(bag, Path(folder, "cache")) for name in turns}
+            for name in turns:
+                totals[name] += times[name]
+            rate = {name: count / seconds for name, (seconds, count) in times.items()}
+            ratios.append(rate["ours"] / rate["bare"])
+            print(f"bag {i}: {rate['bare']:6.0f} pictures/s bare, {rate['ours']:6.0f} to the cache, {ratios[-1]:.0%}")
+    rate = {name: count / seconds for name, (seconds, count) in totals.items()}
+    print(
+        f"{size / 1e9:.2f} GB, {totals['ours'][1]:.0f} pictures of {np.mean([f.size for f in frames]) / 1e3:.0f} kB: bare "
+        f"{rate['bare']:.0f} pictures/s, to the cache {rate['ours']:.0f} ({size / totals['ours'][0] / 1e6:.0f} MB/s of bags), "
+        f"{rate['ours'] / rate['bare']:.0%} of bare; by bag {min(ratios):.0%} to {max(ratios):.0%}"
+    )
+
+
+if __name__ == "__main__":
+    main()
