@@ -7,6 +7,7 @@ one bad definition of a topic nobody asked for. What is read is counted against 
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import sys
@@ -47,13 +48,30 @@ class Bag(NamedTuple):
 
 
 class Message(NamedTuple):
-    """One message, decoded by the definition in the bag or by the standard one."""
+    """One message, as it is stored."""
 
-    place: str  # file, topic, number and time, for error messages
+    bag: str
     topic: str
+    number: int  # within its topic
     msgtype: str
     receive_ns: int
-    content: Any
+    seconds: float  # since the bag's begin
+    raw: bytes
+    decode: Callable[[bytes], Any]
+
+    @property
+    def place(self) -> str:
+        """Bag, topic, number and time, for error messages."""
+        return f"{self.bag}: {self.topic}: message {self.number} at t+{self.seconds:.3f} s"
+
+    def content(self) -> Any:
+        """The message, decoded by the definition in the bag or by the standard one; Fault where it does not decode."""
+        try:
+            return self.decode(self.raw)
+        except Exception as error:
+            raise Fault(
+                f"{self.place}: does not decode as {self.msgtype} ({_brief(error)}); the file is damaged"
+            ) from None
 
 
 def find_bags(folder: Path) -> tuple[list[Bag], list[str]]:
@@ -121,7 +139,7 @@ def _described_bag(metadata: Path, name: str) -> Bag:
 
 
 def read_messages(bag: Bag, topics: Collection[str]) -> Iterator[Message]:
-    """The messages of some topics of a bag in the order they were received, decoded.
+    """The messages of some topics of a bag in the order they were received.
 
     Raises Fault where a topic is missing or empty, a file cannot be read, or fewer messages come than were declared.
     """
@@ -132,18 +150,17 @@ def read_messages(bag: Bag, topics: Collection[str]) -> Iterator[Message]:
     for file in bag.files:
         with _opened(file) as reader:
             connections = [c for c in reader.connections if c.topic in topics]
-            decode = _decoder(file, connections, ros1=file.suffix == ".bag")
+            decoders = _decoders(file, connections, ros1=file.suffix == ".bag")
             for connection in reader.connections:
                 stored[connection.topic] += connection.msgcount
                 seen.setdefault(connection.topic, set()).add(_full_name(connection.msgtype))
             start_ns = start_ns or reader.start_time
             # an empty filter would read the whole bag
             for connection, receive_ns, raw in _guarded(reader.messages(connections) if connections else (), file):
-                place = f"{bag.name}: {connection.topic}: message {read[connection.topic]} at t+{(receive_ns - start_ns) / 1e9:.3f} s"
-                read[connection.topic] += 1
-                yield Message(
-                    place, connection.topic, _full_name(connection.msgtype), receive_ns, decode(connection, raw, place)
-                )
+                topic, seconds = connection.topic, (receive_ns - start_ns) / 1e9
+                msgtype, decode = decoders[connection.id]
+                yield Message(bag.name, topic, read[topic], msgtype, receive_ns, seconds, raw, decode)
+                read[topic] += 1
     faults = []
     for topic in topics:
         if topic not in seen:
@@ -215,8 +232,11 @@ def _guarded(messages: Any, file: Path) -> Iterator[tuple[Connection, int, bytes
         raise Fault(f"{file}: cannot be read to its end ({_brief(error)}); copy it again or remove it") from None
 
 
-def _decoder(file: Path, connections: list[Connection], ros1: bool) -> Callable[[Connection, bytes, str], Any]:
-    """A function from a raw message to its content. Standard types are known; others come from the bag's definitions."""
+def _decoders(file: Path, connections: list[Connection], ros1: bool) -> dict[int, tuple[str, Callable[[bytes], Any]]]:
+    """By connection, its type and a function from a raw message to its content.
+
+    Standard types are known; others come from the bag's definitions.
+    """
     store = get_typestore(Stores.ROS1_NOETIC if ros1 else Stores.ROS2_HUMBLE)
     for connection in connections:
         name, definition = _full_name(connection.msgtype), connection.msgdef
@@ -234,17 +254,13 @@ def _decoder(file: Path, connections: list[Connection], ros1: bool) -> Callable[
                 "record it with its definition, or leave the topic out"
             ) from None
 
-    def decode(connection: Connection, raw: bytes, place: str) -> Any:
-        try:
-            if raw[:4] == ZSTD_MAGIC:  # compression mode MESSAGE; no CDR or ROS 1 message of ours begins so
-                raw = zstd.decompress(raw)
-            return (store.deserialize_ros1 if ros1 else store.deserialize_cdr)(raw, _full_name(connection.msgtype))
-        except Exception as error:
-            raise Fault(
-                f"{place}: does not decode as {connection.msgtype} ({_brief(error)}); the file is damaged"
-            ) from None
+    def decode(msgtype: str, raw: bytes) -> Any:
+        if raw[:4] == ZSTD_MAGIC:  # compression mode MESSAGE; no CDR or ROS 1 message of ours begins so
+            raw = zstd.decompress(raw)
+        return (store.deserialize_ros1 if ros1 else store.deserialize_cdr)(raw, msgtype)
 
-    return decode
+    types = {connection.id: _full_name(connection.msgtype) for connection in connections}
+    return {number: (msgtype, functools.partial(decode, msgtype)) for number, msgtype in types.items()}
 
 
 def _brief(error: Exception) -> str:

@@ -35,7 +35,13 @@ from normalize import Moments, Normalizer, imagenet, moments
 from ranks import Ranks
 
 PREFETCH = 4  # batches that are ready before they are asked for
-SOURCES = ("bags.py", "signals.py", "episodes.py", "images.py")  # a change of how bags are read is a new cache
+SOURCES = (
+    "bags.py",
+    "layout.py",
+    "signals.py",
+    "episodes.py",
+    "images.py",
+)  # a change of how bags are read is a new cache
 
 
 class Batch(NamedTuple):

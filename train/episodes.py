@@ -163,7 +163,7 @@ def read_frames(
     row_of = {topic: {int(number): row for row, number in enumerate(numbers)} for topic, numbers in wanted.items()}
 
     def decode(message: Message, row: int) -> tuple[Message, tuple[int, int]]:
-        pixels, shape = at_size(message.content, message.place, size)
+        pixels, shape = at_size(message.content(), message.place, size)
         keep(message.topic, row, pixels)
         return message, shape
 

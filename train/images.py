@@ -7,12 +7,11 @@ away. It differs from decoding all of it by 0.2 to 0.6 of 255 in the mean, which
 
 from __future__ import annotations
 
-import io
+import struct
 from typing import Any
 
 import cv2
 import numpy as np
-import PIL.Image
 
 from faults import Fault
 
@@ -51,6 +50,7 @@ TO_RGB = {
     "yuyv": cv2.COLOR_YUV2RGB_YUY2,
 }
 JPEG_BEGIN, JPEG_END = b"\xff\xd8", b"\xff\xd9"
+FRAME_HEADERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 # a camera's orientation tag must not turn the picture: the robot's node would not
 AS_IT_IS = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
 # by their bit alone: the colour is that of AS_IT_IS
@@ -66,14 +66,10 @@ def at_size(message: Any, place: str, size: tuple[int, int]) -> tuple[np.ndarray
     if hasattr(message, "encoding") or message.data[:2].tobytes() != JPEG_BEGIN:
         pixels = to_rgb(message, place)
         return resize(pixels, size), (pixels.shape[0], pixels.shape[1])
-    try:
-        with PIL.Image.open(io.BytesIO(message.data)) as header:
-            width, height = header.size
-    except OSError:  # what to say of it, the decoder knows
-        height, width = size
-    exact = [by for by in REDUCED if (height, width) == (size[0] * by, size[1] * by)]
+    native = _jpeg_size(message.data.data)
+    exact = [by for by in REDUCED if native == (size[0] * by, size[1] * by)]
     pixels = to_rgb(message, place, exact[0] if exact else 1)
-    return resize(pixels, size), (height, width)
+    return resize(pixels, size), native or (pixels.shape[0], pixels.shape[1])
 
 
 def to_rgb(message: Any, place: str, reduced: int = 1) -> np.ndarray:
@@ -107,7 +103,9 @@ def to_rgb(message: Any, place: str, reduced: int = 1) -> np.ndarray:
 
 
 def _decompress(data: np.ndarray, kind: str, place: str, reduced: int) -> np.ndarray:
-    cut = data[:2].tobytes() == JPEG_BEGIN and JPEG_END not in data.tobytes()  # some decoders fill up the rest in grey
+    cut = (
+        data[:2].tobytes() == JPEG_BEGIN and data.tobytes().rfind(JPEG_END) < 0
+    )  # some decoders fill up the rest in grey
     try:
         pixels = None if cut else cv2.imdecode(np.asarray(data), REDUCED.get(reduced, 0) | AS_IT_IS)
     except cv2.error:  # an empty buffer
@@ -118,6 +116,17 @@ def _decompress(data: np.ndarray, kind: str, place: str, reduced: int) -> np.nda
             "the recorder cut it short: leave the recording out"
         )
     return pixels
+
+
+def _jpeg_size(data: memoryview) -> tuple[int, int] | None:
+    """Height and width by a JPEG's frame header (ITU-T T.81, B.2.2); none where it has none in its place."""
+    at = 2
+    while at + 9 <= len(data) and data[at] == 0xFF:
+        if data[at + 1] in FRAME_HEADERS:
+            height, width = struct.unpack_from(">HH", data, at + 5)
+            return height, width
+        at += 2 + struct.unpack_from(">H", data, at + 2)[0]
+    return None
 
 
 def resize(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:

@@ -12,8 +12,10 @@ import numpy as np
 from bags import Bag, Message, read_messages
 from config import Signal
 from faults import Fault
+from layout import Layout, Numbers, layout_of, numbers_of, stamp_ns
 
 MAX_SKEW_NS = 1_000_000_000  # a header stamp this far from its receive stamp is of another clock
+LAYOUTS = 16  # of a topic to learn: one whose messages all differ, as by a changing order of joints, has none
 JOINT_STATE, TRAJECTORY = "sensor_msgs/msg/JointState", "trajectory_msgs/msg/JointTrajectory"
 IMAGES = ("sensor_msgs/msg/Image", "sensor_msgs/msg/CompressedImage")
 
@@ -35,41 +37,26 @@ def read_series(bag: Bag, signals: Collection[Signal], cameras: Collection[str])
     by_topic: dict[str, list[Signal]] = {topic: [] for topic in cameras}
     for signal in signals:
         by_topic.setdefault(signal.topic, []).append(signal)
-    receive = {topic: array("q") for topic in by_topic}
-    header = {topic: array("q") for topic in by_topic}
-    picked = {signal: _Picked(signal) for signal in signals}
+    topics = {topic: _Topic(topic in cameras, picks) for topic, picks in by_topic.items()}
     faults: list[str] = []
-    broken: set[str | Signal] = set()  # one fault each is enough
     try:
         for message in read_messages(bag, by_topic):
-            stamp = getattr(getattr(message.content, "header", None), "stamp", None)
-            receive[message.topic].append(message.receive_ns)
-            header[message.topic].append(stamp.sec * 10**9 + stamp.nanosec if stamp else 0)
-            if message.topic in cameras and message.msgtype not in IMAGES and message.topic not in broken:
-                broken.add(message.topic)
-                faults.append(
-                    f"{message.place}: is a {message.msgtype}; a camera's topic carries {' or '.join(IMAGES)}"
-                )
-            for signal in by_topic[message.topic]:
-                if signal not in broken:
-                    try:
-                        picked[signal].add(message)
-                    except Fault as fault:
-                        broken.add(signal)
-                        faults += fault.args
+            topics[message.topic].add(message)
     except Fault as fault:
         faults += fault.args
+    faults += [fault for one in topics.values() for fault in one.faults]
     if faults:
         raise Fault(*faults)
     series = {}
-    for topic in by_topic:
-        stamps, clock = _clock(np.array(receive[topic], np.int64), np.array(header[topic], np.int64))
+    for topic, one in topics.items():
+        stamps, clock = _clock(np.array(one.receive, np.int64), np.array(one.header, np.int64))
         if np.any(np.diff(stamps) < 0):
             at = int(np.argmax(np.diff(stamps) < 0)) + 1
             faults.append(
                 f"{bag.name}: {topic}: time runs backwards at message {at}; its files overlap in time or are out of order"
             )
-        values = {signal: picked[signal].values() for signal in by_topic[topic]}
+        picked = {pick.signal: pick for pick in one.picked}
+        values = {signal: pick.values() for signal, pick in picked.items()}
         for signal, rows in values.items():
             bad = ~np.isfinite(rows)
             if bad.any():
@@ -97,18 +84,70 @@ def _clock(receive: np.ndarray, header: np.ndarray) -> tuple[np.ndarray, str]:
     return header, "header"
 
 
+class _Topic:
+    """The stamps and numbers of one topic, message after message."""
+
+    def __init__(self, camera: bool, signals: list[Signal]) -> None:
+        self.camera = camera
+        self.picked = [_Picked(signal) for signal in signals]
+        self.receive, self.header = array("q"), array("q")
+        self.faults: list[str] = []  # one for each signal is enough
+        self.layout: Layout | None = None
+        self.parsed = 0
+
+    def add(self, message: Message) -> None:
+        self.receive.append(message.receive_ns)
+        if self.layout and self.layout.fits(message.raw):
+            self.header.append(stamp_ns(message.raw))
+            for picked in self.picked:
+                picked.add_like_the_last(message.raw)
+            return
+        if self.faults:
+            return
+        try:
+            content = message.content()
+            stamp = getattr(getattr(content, "header", None), "stamp", None)
+            self.header.append(stamp.sec * 10**9 + stamp.nanosec if stamp else 0)
+            if self.camera and message.msgtype not in IMAGES:
+                raise Fault(f"{message.place}: is a {message.msgtype}; a camera's topic carries {' or '.join(IMAGES)}")
+        except Fault as fault:
+            self.faults += fault.args
+            return
+        for picked in self.picked:
+            try:
+                picked.add(message, content)
+            except Fault as fault:
+                self.faults += fault.args
+        self.parsed += 1
+        learn = bool(self.picked) and not self.faults and self.parsed <= LAYOUTS
+        known = learn and all(picked.find_again(message.raw) for picked in self.picked)
+        self.layout = layout_of(message.raw, content) if known else None
+
+
 class _Picked:
     """The numbers of one signal, message after message, with their names and where they stand in a message."""
 
     def __init__(self, signal: Signal) -> None:
         self.signal = signal
+        self.array: Any = None  # of the last message, as it was parsed
+        self.place: Numbers | None = None  # of that array, in messages of the same layout
         self.names: tuple[str, ...] = ()
         self.order: np.ndarray | None = None
         self.order_of: list[str] | None = None
         self.rows = array("d")  # flat: a list of arrays would take six times the memory
 
-    def add(self, message: Message) -> None:
-        before, row = self.names, self._pick(message)
+    def find_again(self, raw: bytes) -> bool:
+        """Whether the numbers of the message that was added last stand in it as they are."""
+        self.place = numbers_of(raw, self.array)
+        return self.place is not None
+
+    def add_like_the_last(self, raw: bytes) -> None:
+        """A message of the layout of the last one that was parsed."""
+        assert self.place and self.order is not None
+        self.rows.frombytes(self.place.of(raw)[self.order].astype(np.float64, copy=False).tobytes())
+
+    def add(self, message: Message, content: Any) -> None:
+        before, row = self.names, self._pick(message, content)
         if before and len(before) != len(row):
             raise Fault(
                 f"{message.place}: {self.signal.field or 'the array'} has {len(row)} numbers, {len(before)} before; "
@@ -120,11 +159,12 @@ class _Picked:
         """(M, K) float64."""
         return np.array(self.rows).reshape(-1, len(self.names))
 
-    def _pick(self, message: Message) -> np.ndarray:
+    def _pick(self, message: Message, content: Any) -> np.ndarray:
         """(K,) float64 of one message."""
-        signal, content = self.signal, message.content
-        field = signal.field or self._usual_field(message)
-        numbers, leaves = _numbers(_follow(content, field, message.place), field, message.place)
+        signal = self.signal
+        field = signal.field or self._usual_field(message, content)
+        self.array = _follow(content, field, message)
+        numbers, leaves = _numbers(self.array, field, message)
         named = list(getattr(content, "name", None) or getattr(content, "joint_names", None) or [])
         of_joints = message.msgtype in (JOINT_STATE, TRAJECTORY)
         if of_joints:
@@ -135,7 +175,7 @@ class _Picked:
             )
         if signal.joints:
             if self.order is None or named != self.order_of:  # any message may bring another order
-                self._find_joints(named, message.place)
+                self._find_joints(named, message)
             if len(numbers) != len(named):
                 raise Fault(
                     f"{message.place}: {field} has {len(numbers)} values for {len(named)} joint names; "
@@ -167,33 +207,31 @@ class _Picked:
         self.names = tuple(f"{signal.topic}.{leaves[i]}" for i in self.order)
         return numbers[self.order]
 
-    def _usual_field(self, message: Message) -> str:
+    def _usual_field(self, message: Message, content: Any) -> str:
         if message.msgtype.startswith("std_msgs/"):
             return "data"
         usual = {JOINT_STATE: "position", TRAJECTORY: "points.0.positions"}.get(message.msgtype)
         if usual is None:
-            there = ", ".join(
-                f.name for f in dataclasses.fields(message.content) if f.name not in ("header", "__msgtype__")
-            )
+            there = ", ".join(f.name for f in dataclasses.fields(content) if f.name not in ("header", "__msgtype__"))
             raise Fault(
                 f"{message.place}: say which numbers of a {message.msgtype} to take by `field`; there are: {there}"
             )
         return usual
 
-    def _find_joints(self, named: list[str], place: str) -> None:
+    def _find_joints(self, named: list[str], message: Message) -> None:
         missing = [joint for joint in self.signal.joints if joint not in named]
         if not named:
             raise Fault(
-                f"{place}: name[] is empty, so the joints {', '.join(self.signal.joints)} cannot be found; "
+                f"{message.place}: name[] is empty, so the joints {', '.join(self.signal.joints)} cannot be found; "
                 "if their order is known, take them by place with `index` in place of `joints`"
             )
         if missing:
-            raise Fault(f"{place}: no joint {', '.join(missing)}; joints that are there: {', '.join(named)}")
+            raise Fault(f"{message.place}: no joint {', '.join(missing)}; joints that are there: {', '.join(named)}")
         self.order = np.array([named.index(joint) for joint in self.signal.joints])
         self.order_of = named
 
 
-def _follow(content: Any, field: str, place: str) -> Any:
+def _follow(content: Any, field: str, message: Message) -> Any:
     """What stands at a dotted path such as pose.position or points.0.positions."""
     for step in field.split("."):
         try:
@@ -202,12 +240,12 @@ def _follow(content: Any, field: str, place: str) -> Any:
             there = [f.name for f in dataclasses.fields(content)] if dataclasses.is_dataclass(content) else []
             there = [name for name in there if name != "__msgtype__"]
             raise Fault(
-                f"{place}: field {field}: there is no {step}; there are: {', '.join(there) or f'{np.size(content)} elements'}"
+                f"{message.place}: field {field}: there is no {step}; there are: {', '.join(there) or f'{np.size(content)} elements'}"
             ) from None
     return content
 
 
-def _numbers(content: Any, path: str, place: str) -> tuple[np.ndarray, list[str]]:
+def _numbers(content: Any, path: str, message: Message) -> tuple[np.ndarray, list[str]]:
     """All numbers below a field, in the order of the definition, and their dotted names."""
     if isinstance(content, (bool, int, float, np.number, np.bool_)):
         return np.array([content], np.float64), [path]
@@ -215,9 +253,9 @@ def _numbers(content: Any, path: str, place: str) -> tuple[np.ndarray, list[str]
         return content.astype(np.float64), [f"{path}[{i}]" for i in range(len(content))]
     if dataclasses.is_dataclass(content):
         parts = [
-            _numbers(getattr(content, f.name), f"{path}.{f.name}", place)
+            _numbers(getattr(content, f.name), f"{path}.{f.name}", message)
             for f in dataclasses.fields(content)
             if f.name != "__msgtype__"
         ]
         return np.concatenate([numbers for numbers, _ in parts]), [name for _, names in parts for name in names]
-    raise Fault(f"{place}: field {path} is a {type(content).__name__}; expected numbers")
+    raise Fault(f"{message.place}: field {path} is a {type(content).__name__}; expected numbers")

@@ -27,7 +27,7 @@ from recordings import (
 )
 
 import images
-from bags import Bag, find_bags, read_messages
+from bags import Bag, Message, find_bags, read_messages
 from config import Signal
 from faults import Fault
 from signals import read_series
@@ -55,6 +55,35 @@ def test_every_storage_gives_the_same_numbers(tmp_path: Path, kind: str) -> None
     assert np.array_equal(joints.stamps, START + np.arange(101) * 10 * MS) and joints.clock == "header"
     assert len(series[CAMERA].stamps) == 31 and len(series[COMMAND].stamps) == 51
     assert joints.names[JOINT_SIGNAL] == JOINTS
+
+
+@pytest.mark.parametrize("kind", ["mcap", "ros1"])
+def test_messages_of_one_layout_are_parsed_once(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where another order, another joint or other arrays come in between."""
+    ros1, random = kind == "ros1", np.random.default_rng(0)
+    rows = random.normal(size=(300, 3))
+    messages: list[Timed] = []
+    for i, row in enumerate(rows):
+        names, values = list(JOINTS), list(row)
+        if 50 <= i < 60:
+            names, values = names[::-1], values[::-1]
+        if i == 100:
+            names, values = ["d", *names], [9.0, *values]
+        t = START + i * 10 * MS
+        messages.append((STATE, "sensor_msgs/msg/JointState", t + MS, joint_state(t, values, names, ros1)))
+    bag = only(write(tmp_path / "bag", messages, kind))
+    parse, parsed = Message.content, list[int]()
+
+    def parse_and_tell(message: Message) -> object:
+        parsed.append(message.number)
+        return parse(message)
+
+    monkeypatch.setattr(Message, "content", parse_and_tell)
+    series = read_series(bag, [JOINT_SIGNAL, Signal(STATE, ("c",), field="velocity")], [])[STATE]
+    assert np.array_equal(series.values[JOINT_SIGNAL], rows)
+    assert np.array_equal(series.values[Signal(STATE, ("c",), field="velocity")], rows[:, 2:] * 2)
+    assert np.array_equal(series.stamps, START + np.arange(300) * 10 * MS) and series.clock == "header"
+    assert parsed == [0, 50, 60, 100, 101]
 
 
 def test_a_split_recording_and_bare_files(tmp_path: Path) -> None:
