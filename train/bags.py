@@ -47,6 +47,16 @@ class Bag(NamedTuple):
     declared: dict[str, int]  # topic: messages; empty without a metadata.yaml
 
 
+class Storage(NamedTuple):
+    """One storage file, open."""
+
+    connections: list[Connection]  # topics, their types and how many messages are stored
+    raw: Iterator[tuple[Connection, int, bytes]]  # every message with its receive stamp in ns, not decoded
+    decoder: Callable[
+        [Connection], Callable[[Connection, bytes, str], Any]
+    ]  # of a topic; a Fault where its type is unknown
+
+
 class Message(NamedTuple):
     """One message, as it is stored."""
 
@@ -66,12 +76,7 @@ class Message(NamedTuple):
 
     def content(self) -> Any:
         """The message, decoded by the definition in the bag or by the standard one; Fault where it does not decode."""
-        try:
-            return self.decode(self.raw)
-        except Exception as error:
-            raise Fault(
-                f"{self.place}: does not decode as {self.msgtype} ({_brief(error)}); the file is damaged"
-            ) from None
+        return _decoded(self.decode, self.raw, self.place, self.msgtype)
 
 
 def find_bags(folder: Path) -> tuple[list[Bag], list[str]]:
@@ -153,7 +158,7 @@ def read_messages(bag: Bag, topics: Collection[str]) -> Iterator[Message]:
             decoders = _decoders(file, connections, ros1=file.suffix == ".bag")
             for connection in reader.connections:
                 stored[connection.topic] += connection.msgcount
-                seen.setdefault(connection.topic, set()).add(_full_name(connection.msgtype))
+                seen.setdefault(connection.topic, set()).add(full_name(connection.msgtype))
             start_ns = start_ns or reader.start_time
             # an empty filter would read the whole bag
             for connection, receive_ns, raw in _guarded(reader.messages(connections) if connections else (), file):
@@ -181,6 +186,22 @@ def read_messages(bag: Bag, topics: Collection[str]) -> Iterator[Message]:
             faults.append(f"{bag.name}: {topic}: holds no message; record it again or leave the recording out")
     if faults:
         raise Fault(*faults)
+
+
+@contextmanager
+def open_storage(file: Path) -> Iterator[Storage]:
+    """A storage file with the messages of all its topics, those of unknown types too. Raises Fault, as reading does."""
+
+    def decoder(connection: Connection) -> Callable[[Connection, bytes, str], Any]:
+        msgtype, decode = _decoders(file, [connection], ros1=file.suffix == ".bag")[connection.id]
+        return lambda _, raw, place: _decoded(decode, raw, place, msgtype)
+
+    def unpacked(messages: Any) -> Iterator[tuple[Connection, int, bytes]]:
+        for connection, receive_ns, raw in messages:
+            yield connection, receive_ns, zstd.decompress(raw) if raw[:4] == ZSTD_MAGIC else raw
+
+    with _opened(file) as reader:
+        yield Storage(list(reader.connections), _guarded(unpacked(reader.messages()), file), decoder)
 
 
 @contextmanager
@@ -239,7 +260,7 @@ def _decoders(file: Path, connections: list[Connection], ros1: bool) -> dict[int
     """
     store = get_typestore(Stores.ROS1_NOETIC if ros1 else Stores.ROS2_HUMBLE)
     for connection in connections:
-        name, definition = _full_name(connection.msgtype), connection.msgdef
+        name, definition = full_name(connection.msgtype), connection.msgdef
         if name in store.fielddefs:
             continue
         try:
@@ -259,8 +280,16 @@ def _decoders(file: Path, connections: list[Connection], ros1: bool) -> dict[int
             raw = zstd.decompress(raw)
         return (store.deserialize_ros1 if ros1 else store.deserialize_cdr)(raw, msgtype)
 
-    types = {connection.id: _full_name(connection.msgtype) for connection in connections}
+    types = {connection.id: full_name(connection.msgtype) for connection in connections}
     return {number: (msgtype, functools.partial(decode, msgtype)) for number, msgtype in types.items()}
+
+
+def _decoded(decode: Callable[[bytes], Any], raw: bytes, place: str, msgtype: str) -> Any:
+    """The content of a message. Raises Fault where it does not decode."""
+    try:
+        return decode(raw)
+    except Exception as error:
+        raise Fault(f"{place}: does not decode as {msgtype} ({_brief(error)}); the file is damaged") from None
 
 
 def _brief(error: Exception) -> str:
@@ -269,6 +298,6 @@ def _brief(error: Exception) -> str:
     return f"{type(error).__name__}: {text[:160]}{'...' if len(text) > 160 else ''}"
 
 
-def _full_name(msgtype: str) -> str:
+def full_name(msgtype: str) -> str:
     """`sensor_msgs/Image`, as recorders of 2019 wrote it, is `sensor_msgs/msg/Image`."""
     return msgtype if msgtype.count("/") != 1 else msgtype.replace("/", "/msg/")

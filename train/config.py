@@ -87,6 +87,11 @@ class Data:
         above=0,
     )
 
+    @property
+    def commands(self) -> tuple[Signal, ...]:
+        """What the action is taken from; nothing for the next state."""
+        return () if self.action.from_ == "next_state" else self.action.from_
+
 
 @dataclass(frozen=True)
 class Model:
@@ -266,7 +271,7 @@ def _check_together(config: Config, faults: list[str]) -> None:
         )
     if not data.state:
         faults.append("data.state: expected at least one entry, such as {topic: /joint_states, joints: [...]}")
-    commands = () if data.action.from_ == "next_state" else data.action.from_
+    commands = data.commands
     if not commands and data.action.from_ != "next_state":
         faults.append("data.action.from: expected next_state or at least one entry, such as {topic: /command}")
     for key, signals in (("data.state", data.state), ("data.action.from", commands)):

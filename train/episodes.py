@@ -26,6 +26,7 @@ DECODERS = 2  # threads that decode pictures; OpenCV lets go of the interpreter 
 class Episode(NamedTuple):
     """N ticks without a gap."""
 
+    ticks: np.ndarray  # (N,) int64, ns
     state: np.ndarray  # (N, S) float32, the robot's units
     action: np.ndarray  # (N, A) float32
     frames: dict[str, np.ndarray]  # camera: (N,) int64, the number of its message within the bag
@@ -42,9 +43,13 @@ class Recording(NamedTuple):
 
 def read_recording(bag: Bag, data: Data) -> Recording:
     """The episodes of a bag. Raises Fault with all that is wrong with it."""
-    commands = () if data.action.from_ == "next_state" else data.action.from_
-    series = read_series(bag, {*data.state, *commands}, set(data.cameras.values()))
-    ticks = _grid(bag.name, series, data.fps)
+    return cut(bag.name, read_series(bag, {*data.state, *data.commands}, set(data.cameras.values())), data)
+
+
+def cut(name: str, series: dict[str, Series], data: Data) -> Recording:
+    """The episodes of a bag's topics. Raises Fault where there is none."""
+    commands = data.commands
+    ticks = _grid(name, series, data.fps)
     newest, fresh, notes = _newest(series, ticks, data)
     notes += _left_out(series)
 
@@ -56,13 +61,13 @@ def read_recording(bag: Bag, data: Data) -> Recording:
     target, action_names = gather(commands) if commands else (state[1:], state_names)
     if data.action.as_ == "delta" and target.shape[1] != state.shape[1]:
         raise Fault(
-            f"{bag.name}: data.action.as: a delta needs as many commands as states; found {target.shape[1]} "
+            f"{name}: data.action.as: a delta needs as many commands as states; found {target.shape[1]} "
             f"({', '.join(action_names)}) for {state.shape[1]} ({', '.join(state_names)})"
         )
     if data.action.as_ == "delta" and action_names != state_names:
         if set(action_names) == set(state_names):
             raise Fault(
-                f"{bag.name}: data.action.as: a delta takes the state from the command, place by place; found commands of "
+                f"{name}: data.action.as: a delta takes the state from the command, place by place; found commands of "
                 f"{', '.join(action_names)} and a state of {', '.join(state_names)}; give both in one order"
             )
         pairs = ", ".join(f"{a} - {s}" for a, s in zip(action_names, state_names, strict=True))
@@ -76,12 +81,14 @@ def read_recording(bag: Bag, data: Data) -> Recording:
             stop -= 1  # the last tick has no next state
         action = target[start:stop] - state[start:stop] if data.action.as_ == "delta" else target[start:stop]
         frames = {camera: newest[topic][start:stop] for camera, topic in data.cameras.items()}
-        episodes.append(Episode(state[start:stop].astype(np.float32), action.astype(np.float32), frames))
+        episodes.append(
+            Episode(ticks[start:stop], state[start:stop].astype(np.float32), action.astype(np.float32), frames)
+        )
     if dropped:
         notes.append(f"{dropped} lone ticks between gaps dropped")
     if not episodes:
         raise Fault(
-            f"{bag.name}: holds no episode of at least two ticks at {data.fps:g} Hz ({len(ticks)} in the time that all topics "
+            f"{name}: holds no episode of at least two ticks at {data.fps:g} Hz ({len(ticks)} in the time that all topics "
             f"share{''.join('; ' + note for note in notes)}); leave it out, or allow older messages by data.max_age_ms"
         )
     return Recording(episodes, state_names, action_names, notes)
@@ -137,7 +144,8 @@ def _newest(
         if old.any():
             at = (ticks[int(np.argmax(old))] - ticks[0]) / 1e9
             notes.append(
-                f"{topic} silent for more than {max_age:.0f} ms {len(_runs(old))} times, {old.sum()} ticks, first at t+{at:.2f} s"
+                f"{topic} silent for more than {max_age:.0f} ms {len(_runs(old))} times, {old.sum()} ticks, first at t+{at:.2f} s, "
+                f"the longest time {np.diff(one.stamps, append=ticks[-1]).max() / 1e9:.1f} s"
             )
         fresh &= ~old
     return newest, fresh, notes

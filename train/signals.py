@@ -49,7 +49,7 @@ def read_series(bag: Bag, signals: Collection[Signal], cameras: Collection[str])
         raise Fault(*faults)
     series = {}
     for topic, one in topics.items():
-        stamps, clock = _clock(np.array(one.receive, np.int64), np.array(one.header, np.int64))
+        stamps, clock = choose_clock(np.array(one.receive, np.int64), np.array(one.header, np.int64))
         if np.any(np.diff(stamps) < 0):
             at = int(np.argmax(np.diff(stamps) < 0)) + 1
             faults.append(
@@ -72,7 +72,7 @@ def read_series(bag: Bag, signals: Collection[Signal], cameras: Collection[str])
     return series
 
 
-def _clock(receive: np.ndarray, header: np.ndarray) -> tuple[np.ndarray, str]:
+def choose_clock(receive: np.ndarray, header: np.ndarray) -> tuple[np.ndarray, str]:
     """Header stamps where all of them can be trusted, else receive stamps and why."""
     if not header.all():
         return receive, f"receive ({'some header stamps are zero' if header.any() else 'no header stamp'})"

@@ -1,0 +1,212 @@
+"""Everything that can be told of one bag before anything is trained on it: measures, warnings, faults and a verdict.
+
+`inspect` reads a bag once for all its topics, whether or not they are known, and with a configuration a second time
+as training would. inspect_bags.py prints what it finds, inspect_page.py draws it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from typing import Any
+
+import numpy as np
+
+import plausibility
+from bags import Bag, open_storage
+from config import Config
+from episodes import Recording, cut
+from faults import Fault
+from plausibility import Lag
+from signals import Series, read_series
+from topics import SECOND, Decode, Measure, Spread, Topic
+
+GOOD, USABLE, BAD = "good", "usable, read the warnings", "cannot be trained on"
+NOT_IN_JSON = ("recording", "series", "stamps", "pixels", "frozen", "gaps")
+
+
+@dataclass
+class Found:
+    """What was found in one bag. Times `*_s` are seconds since its first message, by the recorder's clock."""
+
+    name: str
+    files: dict[str, int]  # path: bytes
+    start_ns: int  # the first message's receive stamp, since 1970
+    seconds: float
+    topics: dict[str, Topic]
+    checksums: bool | None = None  # whether its storage carries any; None where that is not known
+    # the rest needs a configuration
+    overlap_s: tuple[float, float] | None = None  # begin and end of the time that all its topics share
+    state_minus_image_ms: dict[str, Spread] = field(default_factory=dict)  # by camera: of the messages a tick takes
+    state_minus_command_ms: dict[str, Spread] = field(default_factory=dict)  # by command topic
+    lag: Lag | None = None  # of the state behind the command
+    idle_s: tuple[float, float] | None = None  # before the first motion, and after the last
+    recording: Recording | None = None  # its episodes, as they would be trained on
+    series: dict[str, Series] | None = None  # the configured topics as they were recorded
+    notes: list[str] = field(default_factory=list)  # clocks, splits and what was dropped, in words
+    warnings: list[str] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
+
+    @property
+    def verdict(self) -> str:
+        """GOOD, USABLE or BAD; its reasons are the faults, or else the warnings."""
+        return BAD if self.faults else USABLE if self.warnings else GOOD
+
+    def to_json(self) -> dict[str, Any]:
+        """The plain tree of all that fits on paper: no arrays, no pictures; what is not known or not finite is null."""
+        tree = _plain({"verdict": self.verdict, **self.__dict__})
+        started = datetime.fromtimestamp(self.start_ns / SECOND, timezone.utc) if self.topics else None
+        tree["started"] = started.isoformat(timespec="milliseconds") if started else None
+        tree["episodes"] = (
+            [{"at_s": at, "ticks": ticks} for at, ticks in self.episodes()] if self.recording is not None else None
+        )
+        return dict(tree)
+
+    def episodes(self) -> list[tuple[float, int]]:
+        """(begin in seconds since the first message, ticks) of each episode."""
+        episodes = self.recording.episodes if self.recording else []
+        return [((int(episode.ticks[0]) - self.start_ns) / SECOND, len(episode.ticks)) for episode in episodes]
+
+
+def inspect(bag: Bag, config: Config | None = None, pictures: bool = False) -> Found:
+    """Everything that can be told of a bag; of its episodes only with a configuration.
+
+    `pictures` keeps the first, the middle and the last one of each camera. Faults are listed, none is raised.
+    """
+    data = config.data if config else None
+    asked = {*data.cameras.values(), *(s.topic for s in (*data.state, *data.commands))} if data else None
+    measures: dict[str, Measure] = {
+        topic: Measure(topic, declared, pictures) for topic, declared in bag.declared.items()
+    }
+    faults: list[str] = []
+    warnings: list[str] = []
+
+    def complain(topic: str, lines: tuple[Any, ...] | list[str]) -> None:
+        (faults if asked is None or topic in asked else warnings).extend(map(str, lines))
+
+    whole = _measure(bag, measures, pictures, faults, complain)
+    receive = [measure.receive for measure in measures.values() if measure.receive]
+    start_ns = min((min(stamps) for stamps in receive), default=0)
+    end_ns = max((max(stamps) for stamps in receive), default=0)
+    topics = {}
+    for name, measure in sorted(measures.items()):
+        try:
+            topics[name] = measure.topic(start_ns)
+        except Fault as fault:
+            complain(name, fault.args)
+            measure.pictures.keep = False
+            topics[name] = measure.topic(start_ns)
+        if whole:
+            complain(name, _miscounted(bag, topics[name]))
+    if not receive and not faults:
+        faults.append(f"{bag.name}: holds no message; record it again or leave it out")
+    files = {str(file): file.stat().st_size if file.exists() else 0 for file in bag.files}
+    found = Found(bag.name, files, start_ns, (end_ns - start_ns) / SECOND, topics, _checksums(bag))
+    found.warnings, found.faults = warnings, faults
+    if config:
+        _as_training_would(bag, config, found)
+    found.warnings += _of_pictures(found, config)
+    for lines in (found.warnings, found.faults):
+        lines[:] = dict.fromkeys(line.removeprefix(f"{bag.name}: ") for line in lines)
+    return found
+
+
+def _measure(bag: Bag, measures: dict[str, Measure], pictures: bool, faults: list[str], complain: Any) -> bool:
+    """Let every message of a bag go by its topic's measure; whether all files could be read to their ends."""
+    whole, broken, start_ns = True, set(), 0
+    for file in bag.files:
+        try:
+            with open_storage(file) as storage:
+                decoders: dict[int, Decode | None] = {}
+                for connection in storage.connections:
+                    topic = connection.topic
+                    if topic not in measures:
+                        measures[topic] = Measure(topic, 0 if bag.declared else None, pictures)
+                    measures[topic].stored += connection.msgcount
+                for connection, receive_ns, raw in storage.raw:
+                    topic, measure = connection.topic, measures[connection.topic]
+                    start_ns = start_ns or receive_ns
+                    seconds = (receive_ns - start_ns) / SECOND
+                    place = f"{bag.name}: {topic}: message {len(measure.receive)} at t+{seconds:.3f} s"
+                    if connection.id not in decoders:
+                        decoders[connection.id] = None
+                        try:
+                            decoders[connection.id] = Decode(storage.decoder(connection), connection, raw, place)
+                        except Fault:
+                            pass  # nobody may have asked for it; who did is told when it is read
+                    try:
+                        measure.add(connection, receive_ns, raw, decoders[connection.id], place)
+                    except Fault as fault:
+                        if topic not in broken:
+                            complain(topic, fault.args)
+                        broken.add(topic)
+        except Fault as fault:
+            whole = False
+            faults += fault.args
+    return whole
+
+
+def _miscounted(bag: Bag, topic: Topic) -> list[str]:
+    """A topic of which another number of messages came than the storage counts, or metadata.yaml declares."""
+    if topic.read != topic.stored:
+        return [
+            f"{bag.name}: {topic.name}: {topic.read} messages read, {topic.stored} stored; the file is damaged: copy it again"
+        ]
+    if topic.declared is not None and topic.read != topic.declared:
+        return [
+            f"{bag.name}: {topic.name}: {topic.read} messages read, metadata.yaml declares {topic.declared}; if the storage is "
+            "right, `ros2 bag reindex` the folder"
+        ]
+    return []
+
+
+def _checksums(bag: Bag) -> bool | None:
+    return None
+
+
+def _as_training_would(bag: Bag, config: Config, found: Found) -> None:
+    """The episodes of a bag, and how its topics lie in time."""
+    data = config.data
+    try:
+        found.series = series = read_series(bag, {*data.state, *data.commands}, set(data.cameras.values()))
+        begin = max(int(one.stamps[0]) for one in series.values())
+        end = min(int(one.stamps[-1]) for one in series.values())
+        found.overlap_s = ((begin - found.start_ns) / SECOND, (end - found.start_ns) / SECOND)
+        found.recording = cut(bag.name, series, data)
+    except Fault as fault:
+        found.faults += map(str, fault.args)
+        return
+    found.notes = found.recording.notes
+    at = np.concatenate([episode.ticks for episode in found.recording.episodes])
+    newest = {topic: one.stamps[np.searchsorted(one.stamps, at, side="right") - 1] for topic, one in series.items()}
+    state = newest[data.state[0].topic]
+    found.state_minus_image_ms = {camera: Spread.of(state - newest[topic]) for camera, topic in data.cameras.items()}
+    found.state_minus_command_ms = {signal.topic: Spread.of(state - newest[signal.topic]) for signal in data.commands}
+    ticks = plausibility.of_recording(found.recording, config)
+    found.lag = plausibility.lag(ticks, config)
+    found.idle_s = plausibility.idle(ticks, data.fps)
+    found.warnings += plausibility.warnings(ticks, config)
+
+
+def _of_pictures(found: Found, config: Config | None) -> Iterator[str]:
+    """Frozen and black pictures, worth a warning."""
+    for name, topic in found.topics.items():
+        if not topic.pictures or (config and name not in config.data.cameras.values()):
+            continue
+        if topic.pictures.black:
+            yield f"{name}: {topic.pictures.black} of {topic.pictures.looked_at} pictures looked at are black"
+
+
+def _plain(value: Any) -> Any:
+    """A tree of plain values for JSON."""
+    if hasattr(value, "_asdict"):
+        value = value._asdict()
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items() if key not in NOT_IN_JSON}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, (float, np.floating)):
+        return round(float(value), 6) if math.isfinite(value) else None
+    return value

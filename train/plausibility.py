@@ -1,0 +1,223 @@
+"""What in the numbers of a recording would make a training go wrong, in words a user acts on.
+
+It looks at ticks, whether they come straight from a bag or out of the cache: inspect_bags.py and train.py --dry-run say the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from config import Config
+
+if TYPE_CHECKING:  # the one needs torch, the other OpenCV
+    from dataset import Dataset
+    from episodes import Recording
+
+STILL = 1e-4  # units: a joint that moves less over a whole recording never moved
+BEGINS_TO_MOVE = 0.03  # of a joint's range; at least 1e-3 units, or noise would count
+IDLE_S = 3.0
+LAG_S = 1.0  # the longest lag looked for
+EXPLAINED = 0.7  # of the motion, by the command at the lag found; below that there is no lag to speak of
+LATE_TICKS, LATE_S = 5, 0.15
+COPIED = 0.05  # of a joint's standard deviation: so near does copying the state come, over a whole chunk
+TWO_TURNS = 4 * np.pi
+
+
+class Ticks(NamedTuple):
+    """One recording on the grid: N ticks of its episodes, one after the other."""
+
+    state: np.ndarray  # (N, S)
+    target: np.ndarray  # (N, A): where the action sends the robot; a delta is added to its state
+    frames: dict[str, np.ndarray]  # camera: (N,) which picture
+    lengths: list[int]  # of the episodes
+    state_names: tuple[str, ...]
+    action_names: tuple[str, ...]
+
+    def episodes(self) -> Iterator[slice]:
+        end = 0
+        for length in self.lengths:
+            yield slice(end, end + length)
+            end += length
+
+
+class Lag(NamedTuple):
+    """How long after a command the state is where the command said."""
+
+    seconds: float
+    explained: float  # share of the state's motion that the command, so much earlier, explains
+
+
+def of_recording(recording: Recording, config: Config) -> Ticks:
+    episodes = recording.episodes
+    state = np.concatenate([episode.state for episode in episodes])
+    action = np.concatenate([episode.action for episode in episodes])
+    return Ticks(
+        state,
+        action + state if config.data.action.as_ == "delta" else action,
+        {camera: np.concatenate([episode.frames[camera] for episode in episodes]) for camera in config.data.cameras},
+        [len(episode.state) for episode in episodes],
+        recording.state_names,
+        recording.action_names,
+    )
+
+
+def of_dataset(dataset: Dataset, config: Config) -> list[str]:
+    """The warnings of all cached recordings, each with its recording's name before it."""
+    found = []
+    for split in (dataset.train, dataset.validation):
+        recording_of = split.recording[np.cumsum([0, *split.lengths[:-1]])] if split.names else []
+        for i, name in enumerate(split.names):
+            of = split.recording == i
+            state, action = split.state[of], split.action[of]
+            ticks = Ticks(
+                state,
+                action + state if config.data.action.as_ == "delta" else action,
+                {camera: frames.row[of] for camera, frames in split.frames.items()},
+                [length for length, owner in zip(split.lengths, recording_of, strict=True) if owner == i],
+                dataset.state_names,
+                dataset.action_names,
+            )
+            found += [f"{name}: {warning}" for warning in warnings(ticks, config)]
+    return found
+
+
+def warnings(ticks: Ticks, config: Config) -> list[str]:
+    """What to look at before training, in one line each."""
+    return [*_joints(ticks), *_actions(ticks, config), *_times(ticks, config), *_cameras(ticks, config)]
+
+
+def _joints(ticks: Ticks) -> Iterator[str]:
+    moved = np.ptp(ticks.state, axis=0)
+    for name, still, at in zip(ticks.state_names, moved < STILL, ticks.state[0], strict=True):
+        if still and not moved.max() < STILL:
+            yield (
+                f"{name} never moves (it stays at {at:.4g}): leave it out of data.state if the robot holds it, "
+                "or look whether its driver was running"
+            )
+    if moved.max() < STILL:
+        yield "nothing moves: no joint of data.state changes by more than 0.0001; leave the recording out"
+    angles = np.abs(ticks.state).max(axis=0)
+    if (angles > TWO_TURNS).mean() > 0.5:
+        worst = int(angles.argmax())
+        yield (
+            f"{ticks.state_names[worst]} reaches {angles[worst]:.4g}, and most others more than two turns in rad: are these "
+            "degrees? The policy will answer in the same unit"
+        )
+
+
+def _actions(ticks: Ticks, config: Config) -> Iterator[str]:
+    if config.data.commands and ticks.target.shape == ticks.state.shape:
+        moved = np.ptp(ticks.state, axis=0)
+        same = np.all(np.abs(ticks.target - ticks.state) <= 1e-6 * np.maximum(moved, 1), axis=1).mean()
+        if same > 0.99 and moved.max() >= STILL:
+            yield (
+                f"the action is the state itself at {same:.0%} of the ticks: a policy would learn to stand still; give the "
+                "topic of the commands in data.action.from, or next_state"
+            )
+            return
+    copied = copying_error(ticks, config.model.chunk_size)
+    if copied is not None and copied < COPIED:
+        chunk = config.model.chunk_size
+        yield (
+            f"a policy could copy its state: over the {chunk} ticks of a chunk ({chunk / config.data.fps:.2f} s) the action "
+            f"leaves the state by {copied:.1%} of a joint's spread; raise model.chunk_size, or lower data.fps"
+        )
+    found = lag(ticks, config)
+    if found and found.seconds > max(LATE_TICKS / config.data.fps, LATE_S):
+        yield (
+            f"the state follows the command {found.seconds * 1e3:.0f} ms later ({found.seconds * config.data.fps:.1f} ticks): "
+            "look whether both topics have the same clock, and give data.action.from the command nearest to the drives"
+        )
+
+
+def _times(ticks: Ticks, config: Config) -> Iterator[str]:
+    head, tail = idle(ticks, config.data.fps)
+    for seconds, where in ((head, "begins"), (tail, "ends")):
+        if seconds > IDLE_S:
+            yield (
+                f"{where} with {seconds:.1f} s in which nothing moves: cut the recording, or the policy learns to wait"
+            )
+    chunk = config.model.chunk_size
+    short = sum(length < chunk / 2 for length in ticks.lengths)
+    if short > len(ticks.lengths) / 2:
+        yield (
+            f"{short} of {len(ticks.lengths)} episodes are shorter than half of model.chunk_size = {chunk} ticks (the longest has "
+            f"{max(ticks.lengths)}): most of a chunk would be padding; lower model.chunk_size, or see above for what splits them"
+        )
+
+
+def _cameras(ticks: Ticks, config: Config) -> Iterator[str]:
+    fps = config.data.fps
+    for camera, frames in ticks.frames.items():
+        new = sum(int(np.count_nonzero(np.diff(frames[episode]))) for episode in ticks.episodes())
+        share = new / max(1, len(frames) - len(ticks.lengths))
+        if share < 0.7 and len(frames) > 10:
+            yield (
+                f"camera {camera} gives {share * fps:.3g} new pictures a second at data.fps = {fps:g}: the policy would see most "
+                f"of them again; set data.fps to about {share * fps:.0f}, or record faster"
+            )
+
+
+def idle(ticks: Ticks, fps: float) -> tuple[float, float]:
+    """Seconds before the first motion of any joint, and after the last; all of it, twice, where nothing moves."""
+    enough = np.maximum(BEGINS_TO_MOVE * np.ptp(ticks.state, axis=0), 1e-3)
+    away = np.any(np.abs(ticks.state - ticks.state[0]) > enough, axis=1)
+    before = np.any(np.abs(ticks.state - ticks.state[-1]) > enough, axis=1)
+    head = int(away.argmax()) if away.any() else len(away)
+    tail = int(before[::-1].argmax()) if before.any() else len(before)
+    return head / fps, tail / fps
+
+
+def copying_error(ticks: Ticks, chunk_size: int) -> float | None:
+    """How far an action is from the state at the beginning of its chunk, over all chunks and joints that move.
+
+    In standard deviations of the joint; None where actions are not of the state's joints, or nothing moves.
+    """
+    spread = ticks.state.std(axis=0)
+    if ticks.target.shape != ticks.state.shape or not (spread > STILL).any():
+        return None
+    total, count = np.zeros(len(spread)), 0
+    for episode in ticks.episodes():
+        state, target = ticks.state[episode], ticks.target[episode]
+        for ahead in np.unique(np.linspace(0, min(chunk_size, len(state)) - 1, 20).astype(int)):
+            off = np.abs(target[ahead:] - state[: len(state) - ahead])
+            total, count = total + off.sum(axis=0), count + len(off)
+    moving = spread > STILL
+    return float((total / count)[moving].mean() / spread[moving].mean())
+
+
+def lag(ticks: Ticks, config: Config) -> Lag | None:
+    """How long the state lags behind the command; None where there is no command, or it does not explain the motion.
+
+    The lag with the least variance of state minus earlier command, refined between ticks by a parabola.
+    """
+    fps, names = config.data.fps, ticks.state_names
+    if not config.data.commands or ticks.target.shape != ticks.state.shape:
+        return None
+    # the same joints in another order are matched by name, others by place
+    order = [ticks.action_names.index(n) for n in names] if set(names) == set(ticks.action_names) else range(len(names))
+    target, reach = ticks.target[:, list(order)], round(LAG_S * fps)
+    left, whole = np.zeros(reach + 1), 0.0
+    for episode in ticks.episodes():
+        state, command = ticks.state[episode].astype(np.float64), target[episode].astype(np.float64)
+        compared = len(state) - reach
+        if compared < reach:
+            continue
+        whole += compared * state[reach:].var(axis=0).sum()
+        for ticks_late in range(reach + 1):
+            begin = reach - ticks_late
+            left[ticks_late] += compared * (state[reach:] - command[begin : begin + compared]).var(axis=0).sum()
+    if whole <= STILL**2 * len(ticks.state):
+        return None
+    best = int(left.argmin())
+    explained = 1 - left[best] / whole
+    if explained < EXPLAINED or best == reach:
+        return None
+    between = 0.0
+    if best > 0:
+        a, b, c = left[best - 1 : best + 2]
+        between = 0.5 * (a - c) / (a - 2 * b + c) if a - 2 * b + c > 0 else 0.0
+    return Lag((best + between) / fps, float(explained))
