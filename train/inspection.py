@@ -6,25 +6,29 @@ as training would. inspect_bags.py prints what it finds, inspect_page.py draws i
 
 from __future__ import annotations
 
+import importlib.util
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
+from rosbags.interfaces import Connection
 
 import plausibility
-from bags import Bag, open_storage
+from bags import Bag, Storage, full_name, open_storage
 from config import Config
 from episodes import Recording, cut
 from faults import Fault
 from plausibility import Lag
 from signals import Series, read_series
-from topics import SECOND, Decode, Measure, Spread, Topic
+from topics import SECOND, Decode, Measure, Pictures, Spread, Topic
 
 GOOD, USABLE, BAD = "good", "usable, read the warnings", "cannot be trained on"
-NOT_IN_JSON = ("recording", "series", "stamps", "pixels", "frozen", "gaps")
+SILENT_S = 1.0
+LATE_MS = 100.0
+NOT_IN_JSON = ("recording", "series", "stamps", "pixels", "gaps")
 
 
 @dataclass
@@ -36,7 +40,7 @@ class Found:
     start_ns: int  # the first message's receive stamp, since 1970
     seconds: float
     topics: dict[str, Topic]
-    checksums: bool | None = None  # whether its storage carries any; None where that is not known
+    checksums: str | None = None  # that its storage carries, in words: "chunk CRCs", "none"
     # the rest needs a configuration
     overlap_s: tuple[float, float] | None = None  # begin and end of the time that all its topics share
     state_minus_image_ms: dict[str, Spread] = field(default_factory=dict)  # by camera: of the messages a tick takes
@@ -57,7 +61,7 @@ class Found:
     def to_json(self) -> dict[str, Any]:
         """The plain tree of all that fits on paper: no arrays, no pictures; what is not known or not finite is null."""
         tree = _plain({"verdict": self.verdict, **self.__dict__})
-        started = datetime.fromtimestamp(self.start_ns / SECOND, timezone.utc) if self.topics else None
+        started = datetime.fromtimestamp(self.start_ns / SECOND, UTC) if self.topics else None
         tree["started"] = started.isoformat(timespec="milliseconds") if started else None
         tree["episodes"] = (
             [{"at_s": at, "ticks": ticks} for at, ticks in self.episodes()] if self.recording is not None else None
@@ -73,7 +77,8 @@ class Found:
 def inspect(bag: Bag, config: Config | None = None, pictures: bool = False) -> Found:
     """Everything that can be told of a bag; of its episodes only with a configuration.
 
-    `pictures` keeps the first, the middle and the last one of each camera. Faults are listed, none is raised.
+    `pictures` decodes some of each camera: black ones are counted, the first, the middle and the last kept. Faults are
+    listed, none is raised.
     """
     data = config.data if config else None
     asked = {*data.cameras.values(), *(s.topic for s in (*data.state, *data.commands))} if data else None
@@ -96,18 +101,19 @@ def inspect(bag: Bag, config: Config | None = None, pictures: bool = False) -> F
             topics[name] = measure.topic(start_ns)
         except Fault as fault:
             complain(name, fault.args)
-            measure.pictures.keep = False
+            measure.pictures.end = None  # the last picture does not decode
             topics[name] = measure.topic(start_ns)
         if whole:
             complain(name, _miscounted(bag, topics[name]))
     if not receive and not faults:
         faults.append(f"{bag.name}: holds no message; record it again or leave it out")
     files = {str(file): file.stat().st_size if file.exists() else 0 for file in bag.files}
-    found = Found(bag.name, files, start_ns, (end_ns - start_ns) / SECOND, topics, _checksums(bag))
-    found.warnings, found.faults = warnings, faults
+    checksums, damage = _integrity(bag)
+    found = Found(bag.name, files, start_ns, (end_ns - start_ns) / SECOND, topics, checksums)
+    found.warnings, found.faults = warnings, faults + damage
     if config:
         _as_training_would(bag, config, found)
-    found.warnings += _of_pictures(found, config)
+    found.warnings += _topics(found, config)
     for lines in (found.warnings, found.faults):
         lines[:] = dict.fromkeys(line.removeprefix(f"{bag.name}: ") for line in lines)
     return found
@@ -125,17 +131,14 @@ def _measure(bag: Bag, measures: dict[str, Measure], pictures: bool, faults: lis
                     if topic not in measures:
                         measures[topic] = Measure(topic, 0 if bag.declared else None, pictures)
                     measures[topic].stored += connection.msgcount
+                    measures[topic].types.add(full_name(connection.msgtype))
                 for connection, receive_ns, raw in storage.raw:
                     topic, measure = connection.topic, measures[connection.topic]
                     start_ns = start_ns or receive_ns
                     seconds = (receive_ns - start_ns) / SECOND
                     place = f"{bag.name}: {topic}: message {len(measure.receive)} at t+{seconds:.3f} s"
                     if connection.id not in decoders:
-                        decoders[connection.id] = None
-                        try:
-                            decoders[connection.id] = Decode(storage.decoder(connection), connection, raw, place)
-                        except Fault:
-                            pass  # nobody may have asked for it; who did is told when it is read
+                        decoders[connection.id] = _decode(storage, connection, measure)
                     try:
                         measure.add(connection, receive_ns, raw, decoders[connection.id], place)
                     except Fault as fault:
@@ -146,6 +149,15 @@ def _measure(bag: Bag, measures: dict[str, Measure], pictures: bool, faults: lis
             whole = False
             faults += fault.args
     return whole
+
+
+def _decode(storage: Storage, connection: Connection, measure: Measure) -> Decode | None:
+    """How to decode a topic; without a usable definition it is only counted, for nobody may have asked for it."""
+    try:
+        return Decode(storage.decoder(connection), connection)
+    except Fault as fault:
+        measure.not_understood = str(fault)
+        return None
 
 
 def _miscounted(bag: Bag, topic: Topic) -> list[str]:
@@ -162,8 +174,12 @@ def _miscounted(bag: Bag, topic: Topic) -> list[str]:
     return []
 
 
-def _checksums(bag: Bag) -> bool | None:
-    return None
+def _integrity(bag: Bag) -> tuple[str | None, list[str]]:
+    """(the checksums in a bag's storage, in words; the faults that its structure shows)."""
+    if importlib.util.find_spec("integrity") is None:
+        return None, []
+    checked = [importlib.import_module("integrity").check(file) for file in bag.files]
+    return "; ".join(dict.fromkeys(one.carries for one in checked)), [line for one in checked for line in one.faults]
 
 
 def _as_training_would(bag: Bag, config: Config, found: Found) -> None:
@@ -190,18 +206,78 @@ def _as_training_would(bag: Bag, config: Config, found: Found) -> None:
     found.warnings += plausibility.warnings(ticks, config)
 
 
-def _of_pictures(found: Found, config: Config | None) -> Iterator[str]:
-    """Frozen and black pictures, worth a warning."""
+def _topics(found: Found, config: Config | None) -> Iterator[str]:
+    """What a topic's stamps and pictures tell, worth a warning."""
+    cameras = set(config.data.cameras.values()) if config else set(found.topics)
+    path = _path_of_the_arm(found, config) if config else None
     for name, topic in found.topics.items():
-        if not topic.pictures or (config and name not in config.data.cameras.values()):
+        if found.series and name in found.series and topic.largest_gap and topic.largest_gap.seconds > SILENT_S:
+            held = config.data.max_age_ms.get(name, 0) / 1e3 if config else 0
+            yield (
+                f"{name}: silent for {topic.largest_gap.seconds:.1f} s from t+{topic.largest_gap.at_s:.1f} s: "
+                + (
+                    f"data.max_age_ms holds its last message for {held:.1f} s of that"
+                    if held > 1e3 * SILENT_S
+                    else "the episode is split there; if it is an idle operator, cut the recording"
+                )
+            )
+        late, pictures = topic.header_minus_receive_ms, topic.pictures
+        if not pictures or name not in cameras:
             continue
-        if topic.pictures.black:
-            yield f"{name}: {topic.pictures.black} of {topic.pictures.looked_at} pictures looked at are black"
+        if late and config and topic.clock == "header" and late.median < -LATE_MS:
+            yield (
+                f"{name}: pictures arrive {-late.median:.0f} ms after their header's stamp, and training goes by the header: "
+                "the robot's node will see them that much later than the policy was trained to"
+            )
+        if pictures.black:
+            yield (
+                f"{name}: {pictures.black} of the {pictures.looked_at} pictures looked at are black: cut the recording, or leave "
+                "it out"
+            )
+        frozen = len(pictures.frozen)
+        if path is not None and frozen:
+            share = path(topic.stamps, np.array(pictures.frozen))
+            if share > 0.02:
+                yield (
+                    f"{name}: {frozen} of {topic.read} pictures are byte for byte the one before, and {share:.0%} of the arm's "
+                    "motion happens in them: the camera hung or is slower than its topic; leave the recording out"
+                )
+        elif frozen > topic.read / 2:
+            yield f"{name}: {frozen} of {topic.read} pictures are byte for byte the one before: does the camera run?"
+        if len(pictures.kinds) > 1:
+            kinds = ", ".join(f"{count} of {kind}" for kind, count in pictures.kinds.items())
+            yield f"{name}: pictures of more than one kind: {kinds}; expected one in a recording"
+    for camera, spread in found.state_minus_image_ms.items():
+        period = 1e3 / (found.topics[config.data.cameras[camera]].rate_hz or math.inf) if config else 0
+        if abs(spread.median) > period + LATE_MS / 2:
+            yield (
+                f"camera {camera}: the picture of a tick is {spread.median:.0f} ms older than its joint states: look whether both "
+                "machines have the same time"
+            )
+
+
+def _path_of_the_arm(found: Found, config: Config) -> Callable[[np.ndarray, np.ndarray], float] | None:
+    """A function of a camera's stamps (M,) and some of its pictures: the share of the arm's way while those were taken."""
+    if not found.series:
+        return None
+    signal = config.data.state[0]
+    series = found.series[signal.topic]
+    rows = series.values[signal]
+    scale = np.maximum(np.ptp(rows, axis=0), 1e-3)
+
+    def share(stamps: np.ndarray, frozen: np.ndarray) -> float:
+        at = rows[np.clip(np.searchsorted(series.stamps, stamps, side="right") - 1, 0, None)]
+        steps = np.abs(np.diff(at, axis=0) / scale).sum(axis=1)
+        return float(steps[frozen - 1].sum() / steps.sum()) if steps.sum() else 0.0
+
+    return share
 
 
 def _plain(value: Any) -> Any:
     """A tree of plain values for JSON."""
-    if hasattr(value, "_asdict"):
+    if isinstance(value, Pictures):
+        value = {**value._asdict(), "frozen": len(value.frozen)}
+    elif hasattr(value, "_asdict"):
         value = value._asdict()
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items() if key not in NOT_IN_JSON}

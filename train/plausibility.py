@@ -68,15 +68,15 @@ def of_dataset(dataset: Dataset, config: Config) -> list[str]:
     """The warnings of all cached recordings, each with its recording's name before it."""
     found = []
     for split in (dataset.train, dataset.validation):
-        recording_of = split.recording[np.cumsum([0, *split.lengths[:-1]])] if split.names else []
+        owners = split.recording[np.cumsum([0, *split.lengths[:-1]])] if split.names else np.zeros(0)  # of the episodes
         for i, name in enumerate(split.names):
-            of = split.recording == i
+            of = slice(*np.searchsorted(split.recording, (i, i + 1)))
             state, action = split.state[of], split.action[of]
             ticks = Ticks(
                 state,
                 action + state if config.data.action.as_ == "delta" else action,
                 {camera: frames.row[of] for camera, frames in split.frames.items()},
-                [length for length, owner in zip(split.lengths, recording_of, strict=True) if owner == i],
+                [split.lengths[episode] for episode in np.flatnonzero(owners == i)],
                 dataset.state_names,
                 dataset.action_names,
             )

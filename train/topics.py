@@ -10,6 +10,7 @@ import io
 import struct
 from array import array
 from collections import Counter
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import cv2
@@ -72,9 +73,9 @@ class Pictures(NamedTuple):
 
     kinds: dict[str, int]  # "640x480 rgb8" or "640x480 jpeg": how many
     frozen: tuple[int, ...]  # numbers of the messages whose picture is, byte for byte, the one before
-    looked_at: int  # decoded, to see whether they are black
+    looked_at: int  # decoded, to see whether they are black; none of these three where pictures are not wanted
     black: int  # of those
-    shown: tuple[Picture, ...]  # the first, the middle and the last, if asked for
+    shown: tuple[Picture, ...]  # the first, the middle and the last
 
 
 class Topic(NamedTuple):
@@ -87,6 +88,7 @@ class Topic(NamedTuple):
     declared: int | None  # as metadata.yaml does, where there is one
     stamps: np.ndarray  # (read,) int64 ns, of the clock
     clock: str  # "header", or "receive (why not header)"
+    not_understood: str | None  # why its messages cannot be decoded: only counts, stamps and sizes are known then
     first_s: float | None  # since the bag's first message
     last_s: float | None
     rate_hz: float | None  # median
@@ -107,6 +109,7 @@ class Measure:
         self.declared = declared
         self.stored = 0
         self.types: set[str] = set()
+        self.not_understood: str | None = None
         self.receive = array("q")
         self.header = array("q")
         self.joints = _Joints()
@@ -115,10 +118,9 @@ class Measure:
     def add(self, connection: Connection, receive_ns: int, raw: bytes, decode: Decode | None, place: str) -> None:
         """A message. Raises Fault where it should be decoded and does not; it is counted all the same."""
         msgtype = full_name(connection.msgtype)
-        self.types.add(msgtype)
         self.receive.append(receive_ns)
-        stamp = decode.stamp(raw) if decode else 0
-        self.header.append(stamp)
+        self.header.append(0)
+        stamp = self.header[-1] = decode.stamp(raw, place) if decode else 0
         if msgtype == JOINT_STATE and decode:
             self.joints.add(decode(raw, place), stamp or receive_ns)
         elif msgtype in IMAGES and decode:
@@ -145,6 +147,7 @@ class Measure:
             self.declared,
             stamps,
             clock,
+            self.not_understood,
             (int(stamps[0]) - start_ns) / SECOND if len(stamps) else None,
             (int(stamps[-1]) - start_ns) / SECOND if len(stamps) else None,
             SECOND / usual if usual else None,
@@ -161,23 +164,25 @@ class Measure:
 class Decode:
     """The messages of one connection, decoded; a header's stamp without decoding."""
 
-    def __init__(self, decode: Any, connection: Connection, first: bytes, place: str) -> None:
+    def __init__(self, decode: Callable[[Connection, bytes, str], Any], connection: Connection) -> None:
         self._decode, self._connection = decode, connection
-        content = self(first, place)
-        fields = dataclasses.fields(content)
-        self._stamp = ""  # how it is packed
-        if fields and fields[0].name == "header" and hasattr(content.header, "stamp"):
-            stamp = content.header.stamp.sec, content.header.stamp.nanosec
-            self._stamp = "<iI" if struct.unpack_from("<iI", first, 4) == stamp else ">iI"
+        self._packed: str | None = None  # how the header's stamp is; empty where there is no header
 
     def __call__(self, raw: bytes, place: str) -> Any:
         return self._decode(self._connection, raw, place)
 
-    def stamp(self, raw: bytes) -> int:
+    def stamp(self, raw: bytes, place: str) -> int:
         """The header's stamp in ns, or 0."""
-        if not self._stamp or len(raw) < STAMP_END:
+        if self._packed is None:
+            content = self(raw, place)
+            fields = dataclasses.fields(content)
+            self._packed = ""
+            if fields and fields[0].name == "header" and hasattr(content.header, "stamp"):
+                stamp = content.header.stamp.sec, content.header.stamp.nanosec
+                self._packed = "<iI" if struct.unpack_from("<iI", raw, 4) == stamp else ">iI"
+        if not self._packed or len(raw) < STAMP_END:
             return 0
-        seconds, nanoseconds = struct.unpack_from(self._stamp, raw, 4)
+        seconds, nanoseconds = struct.unpack_from(self._packed, raw, 4)
         return int(seconds * SECOND + nanoseconds)
 
 
@@ -232,8 +237,8 @@ class _Joints:
 class _Pictures:
     """Sizes, frozen and black pictures of one topic."""
 
-    def __init__(self, keep: bool) -> None:
-        self.keep = keep
+    def __init__(self, decoded: bool) -> None:
+        self.decoded = decoded
         self.kinds: Counter[str] = Counter()
         self.frozen = array("q")
         self.last = b""
@@ -251,19 +256,19 @@ class _Pictures:
         if len(raw) == len(self.last) and raw[-4096:] == self.last[-4096:] and raw[STAMP_END:] == self.last[STAMP_END:]:
             self.frozen.append(number)
         self.last = raw
-        if depth:
+        if depth or not self.decoded:
             return
         small = len(raw) < 0.4 * self.bytes / (number + 1)  # as a black picture is, once compressed
         if number % max(1, total // LOOKED_AT) == 0 or small:
             self.looked_at += 1
             self.black += bool(_brightness(content, raw, place) < BLACK)
-        if self.keep and number in (0, total // 2):
+        if number in (0, total // 2):
             self.shown.append((stamp, _small(to_rgb(content, place))))
         self.end = stamp, content, place
 
     def found(self, start_ns: int) -> Pictures:
         shown = self.shown
-        if self.keep and self.end and self.end[0] > (shown[-1][0] if shown else -1):
+        if self.end and self.end[0] > (shown[-1][0] if shown else -1):
             shown = [*shown, (self.end[0], _small(to_rgb(*self.end[1:])))]
         pictures = tuple(Picture((stamp - start_ns) / SECOND, pixels) for stamp, pixels in shown)
         return Pictures(dict(self.kinds), tuple(self.frozen), self.looked_at, self.black, pictures)

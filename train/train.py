@@ -28,6 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import checkpoint
+import plausibility
 import pretrained
 import run_folder
 from act_model import ACT, act_loss, load_imagenet_weights
@@ -277,7 +278,7 @@ def _precision(wanted: str, device: torch.device) -> torch.dtype:
 
 
 def report(config: Config, dataset: Dataset) -> str:
-    """What was found, in words: episodes, shapes, samples, sizes."""
+    """What was found, in words: episodes, shapes, samples, sizes, and what is to be looked at."""
     data, batch_size, chunk = config.data, config.training.batch_size, config.model.chunk_size
     lines = [f"{name}: {note}" for name, notes in dataset.notes.items() for note in notes]
     for word, split in (("training", dataset.train), ("held out", dataset.validation)):
@@ -306,7 +307,7 @@ def report(config: Config, dataset: Dataset) -> str:
         f"memory  {parameters / 1e6:.1f} M parameters: {parameters * 16 / 1e6:.0f} MB for weights, gradients and optimizer, "
         "besides the activations"
     )
-    return "\n".join(lines)
+    return "\n".join([*lines, *(f"warning: {line}" for line in plausibility.of_dataset(dataset, config))])
 
 
 def _draw_augmented(config: Config, dataset: Dataset) -> Path:
