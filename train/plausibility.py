@@ -22,7 +22,7 @@ IDLE_S = 3.0
 LAG_S = 1.0  # the longest lag looked for
 EXPLAINED = 0.7  # of the motion, by the command at the lag found; below that there is no lag to speak of
 LATE_TICKS, LATE_S = 5, 0.15
-COPIED = 0.05  # of a joint's standard deviation: so near does copying the state come, over a whole chunk
+COPIED = 0.1  # of a joint's standard deviation: so near does copying the state come, over a whole chunk
 TWO_TURNS = 4 * np.pi
 
 
@@ -128,13 +128,13 @@ def _actions(ticks: Ticks, config: Config) -> Iterator[str]:
     found = lag(ticks, config)
     if found and found.seconds > max(LATE_TICKS / config.data.fps, LATE_S):
         yield (
-            f"the state follows the command {found.seconds * 1e3:.0f} ms later ({found.seconds * config.data.fps:.1f} ticks): "
+            f"the state follows the command about {found.seconds * 1e3:.0f} ms later ({found.seconds * config.data.fps:.1f} ticks): "
             "look whether both topics have the same clock, and give data.action.from the command nearest to the drives"
         )
 
 
 def _times(ticks: Ticks, config: Config) -> Iterator[str]:
-    head, tail = idle(ticks, config.data.fps)
+    head, tail = idle(ticks, config.data.fps) if np.ptp(ticks.state, axis=0).max() >= STILL else (0.0, 0.0)
     for seconds, where in ((head, "begins"), (tail, "ends")):
         if seconds > IDLE_S:
             yield (
@@ -186,7 +186,7 @@ def copying_error(ticks: Ticks, chunk_size: int) -> float | None:
             off = np.abs(target[ahead:] - state[: len(state) - ahead])
             total, count = total + off.sum(axis=0), count + len(off)
     moving = spread > STILL
-    return float((total / count)[moving].mean() / spread[moving].mean())
+    return float((total / count / np.where(moving, spread, 1.0))[moving].mean())
 
 
 def lag(ticks: Ticks, config: Config) -> Lag | None:

@@ -253,7 +253,8 @@ class _Pictures:
         self.bytes += len(raw)
         kind, depth = _kind(content, raw, place)
         self.kinds[kind] += 1
-        if len(raw) == len(self.last) and raw[-4096:] == self.last[-4096:] and raw[STAMP_END:] == self.last[STAMP_END:]:
+        end = max(STAMP_END, len(raw) - 4096)  # looked at first: it is most likely to differ
+        if len(raw) == len(self.last) and raw[end:] == self.last[end:] and raw[STAMP_END:] == self.last[STAMP_END:]:
             self.frozen.append(number)
         self.last = raw
         if depth or not self.decoded:

@@ -1,0 +1,359 @@
+"""Inspecting recordings: what is measured is what was recorded, and only what is wrong is warned of."""
+
+import json
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from recordings import (
+    CAMERA,
+    COMMAND,
+    MS,
+    START,
+    STATE,
+    Timed,
+    episode,
+    image,
+    joint_state,
+    jpeg,
+    make,
+    picture,
+    write,
+)
+
+import inspect_bags
+import plausibility
+from bags import find_bags
+from config import Config, load
+from dataset import load_dataset
+from inspection import BAD, GOOD, USABLE, Found, inspect
+from propose import propose
+
+SHARED = Path(__file__).parents[3] / "shared/bags"
+SCRIPT = Path(inspect_bags.__file__)
+JOINT_STATE, JPEG = "sensor_msgs/msg/JointState", "sensor_msgs/msg/CompressedImage"
+LAG_S = 0.1
+
+
+def arm(
+    seconds: float = 4.0,
+    lag: float = LAG_S,
+    still: tuple[int, ...] = (),
+    unit: float = 1.0,
+    waits: float = 0.0,
+    silent: tuple[float, float] = (9e9, 9e9),
+    camera_hz: int = 30,
+    frozen: tuple[float, float] = (9e9, 9e9),
+    black: tuple[float, float] = (9e9, 9e9),
+    late: int = 4 * MS,
+) -> list[Timed]:
+    """An arm that goes where it is commanded, `lag` seconds later: joints 100 Hz, commands 50 Hz, and a camera."""
+
+    def pose(t: float) -> np.ndarray:
+        moving = np.sin(2 * max(0.0, t - waits) + np.arange(3)) - np.sin(np.arange(3))
+        moving[list(still)] = 0.3
+        return moving * unit
+
+    messages: list[Timed] = []
+    for i in range(round(seconds * 100)):
+        t, seconds_in = START + i * 10 * MS, i / 100
+        messages.append((STATE, JOINT_STATE, t + MS, joint_state(t, pose(seconds_in - lag))))
+        if i % 2 == 0 and not silent[0] < seconds_in < silent[1]:
+            messages.append(
+                (COMMAND, JOINT_STATE, t + 2 * MS, joint_state(t, pose(seconds_in)[[2, 0, 1]], ("c", "a", "b")))
+            )
+    for i in range(round(seconds * camera_hz)):
+        seconds_in = i / camera_hz
+        t = START + round(seconds_in * 1e9)
+        shown = round(frozen[0] * camera_hz) if frozen[0] < seconds_in < frozen[1] else i
+        pixels = picture(shown) * (not black[0] < seconds_in < black[1])
+        messages.append((CAMERA, JPEG, t + late, jpeg(t, pixels)))
+    return sorted(messages, key=lambda message: message[2])
+
+
+def configured(folder: Path, *overrides: str) -> Config:
+    return load(
+        None,
+        [
+            f"data.bag_dir={folder / 'bags'}",
+            f"data.cache_dir={folder / 'cache'}",
+            f"data.cameras={{color: {CAMERA}}}",
+            "data.image_size=[48, 64]",
+            f"data.state=[{{topic: {STATE}, joints: [a, b, c]}}]",
+            f"data.action.from=[{{topic: {COMMAND}, joints: [c, a, b]}}]",
+            "model.chunk_size=30",
+            "model.n_action_steps=30",
+            *overrides,
+        ],
+    )
+
+
+def inspected(folder: Path, messages: list[Timed], config: Config | None = None, kind: str = "mcap") -> Found:
+    write(folder / "bags/one", messages, kind)
+    (bag,), _ = find_bags(folder / "bags")
+    return inspect(bag, config, pictures=True)
+
+
+def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run([sys.executable, SCRIPT, *map(str, arguments)], capture_output=True, text=True, cwd="/")
+    assert "Traceback" not in done.stderr, done.stderr
+    return done
+
+
+def test_what_is_measured_is_what_was_recorded(tmp_path: Path) -> None:
+    messages = [m for m in arm() if not (m[0] == STATE and 1.5 <= (m[2] - MS - START) / 1e9 < 1.9)]
+    found = inspected(tmp_path, messages, configured(tmp_path))
+    state, camera = found.topics[STATE], found.topics[CAMERA]
+    assert (state.read, state.stored, state.declared, state.types) == (360, 360, 360, (JOINT_STATE,))
+    assert state.rate_hz == pytest.approx(100) and camera.rate_hz == pytest.approx(30, rel=1e-6)
+    assert state.slowest_second_hz == pytest.approx(60, abs=2), "in which 0.4 s are missing"
+    assert state.largest_gap == (pytest.approx(1.49 - 0.001), pytest.approx(0.41)), "header stamps lead by 1 ms"
+    assert state.header_minus_receive_ms == (pytest.approx(-1), pytest.approx(1), pytest.approx(1)) and state.in_order
+    a = state.joints[0]
+    assert (a.name, a.least) == ("a", pytest.approx(-1, abs=1e-3)) and a.greatest == pytest.approx(1, abs=1e-3)
+    assert a.fastest == pytest.approx(2, rel=0.01), "2 cos(2t) at most"
+    assert camera.pictures is not None
+    assert camera.pictures.kinds == {"64x48 jpeg": 120} and not camera.pictures.frozen and not camera.pictures.black
+    shown = camera.pictures.shown
+    assert [round(p.at_s * 30) for p in shown] == [0, 60, 119]
+    assert np.abs(shown[1].pixels.astype(int) - picture(60)).mean() < 8
+    assert found.recording and [round(at, 1) for at, _ in found.episodes()] == [0.0, 1.9], "split by the gap"
+    assert found.overlap_s == (pytest.approx(-0.001), pytest.approx(3.9657, abs=1e-3))
+    assert abs(found.state_minus_image_ms["color"].median) < 34
+    assert found.state_minus_command_ms[COMMAND].greatest == pytest.approx(10)
+
+
+@pytest.mark.parametrize("lag", [0.0, 0.1, 0.25])
+def test_the_lag_of_the_state_behind_the_command(tmp_path: Path, lag: float) -> None:
+    found = inspected(tmp_path, arm(lag=lag), configured(tmp_path))
+    assert found.lag is not None and found.lag.seconds == pytest.approx(lag, abs=0.02)
+    assert (
+        plausibility.lag(  # a command that has nothing to do with the state has no lag
+            plausibility.of_recording(found.recording, configured(tmp_path))._replace(  # type: ignore[arg-type]
+                target=np.random.default_rng(0).normal(size=found.recording.episodes[0].state.shape)  # type: ignore[union-attr]
+            ),
+            configured(tmp_path),
+        )
+        is None
+    )
+
+
+WRONG: dict[str, tuple[dict[str, Any], tuple[str, ...], tuple[str, ...]]] = {
+    "nothing": ({}, (), ()),
+    "next state": ({}, ("data.action.from=next_state",), ()),
+    "deltas": ({}, (f"data.action.from=[{{topic: {COMMAND}, joints: [a, b, c]}}]", "data.action.as=delta"), ()),
+    "action is state": (
+        {},
+        (f"data.action.from=[{{topic: {STATE}, joints: [a, b, c]}}]",),
+        ("the state itself at 100%",),
+    ),
+    "command silent": ({"seconds": 8.0, "silent": (2.0, 6.0)}, (), (f"{COMMAND}: silent for 4.0 s from t+2.0 s",)),
+    "joint never moves": ({"still": (1,)}, (), ("b never moves (it stays at 0.3)",)),
+    "nothing moves": ({"still": (0, 1, 2)}, ("data.action.from=next_state",), ("nothing moves: no joint",)),
+    "degrees": ({"unit": 57.3}, (), ("are these degrees?",)),
+    "copies its state": (
+        {},
+        ("data.action.from=next_state", "model.chunk_size=1", "model.n_action_steps=1"),
+        ("a policy could copy its state",),
+    ),
+    "lag": ({"lag": 0.4}, (), ("follows the command about 39",)),
+    "idle": ({"seconds": 9.0, "waits": 5.0}, (), ("begins with 5.",)),
+    "short": ({"seconds": 1.0}, ("model.chunk_size=100",), ("1 of 1 episodes are shorter", "the longest has 29")),
+    "slow camera": ({"camera_hz": 10}, (), ("camera color gives 9.8", "set data.fps to about 10")),
+    "frozen camera": ({"frozen": (1.0, 2.0)}, (), (f"{CAMERA}: 29 of 120 pictures", "the camera hung")),
+    "black pictures": ({"black": (-1.0, 1.0)}, (), (f"{CAMERA}:", "looked at are black")),
+    "late pictures": ({"late": 200 * MS}, (), ("pictures arrive 200 ms after their header's stamp",)),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_only_what_is_wrong_is_warned_of(tmp_path: Path, what: str) -> None:
+    recorded, overrides, words = WRONG[what]
+    found = inspected(tmp_path, arm(**recorded), configured(tmp_path, *overrides))
+    assert not found.faults and found.verdict == (USABLE if words else GOOD)
+    if what == "black pictures":  # each is the one before, too
+        assert "byte for byte" in found.warnings.pop()
+    assert len(found.warnings) == bool(words), found.warnings
+    assert all(word in found.warnings[0] for word in words), found.warnings
+
+
+def test_a_dry_run_says_the_same_of_what_is_cached(tmp_path: Path) -> None:
+    for name, recorded in {"good": {}, "stuck": {"still": (1,)}, "waiting": {"seconds": 9.0, "waits": 5.0}}.items():
+        write(tmp_path / "bags" / name, arm(**recorded))  # type: ignore[arg-type]
+    config = configured(tmp_path)
+    bags, _ = find_bags(config.data.bag_dir)
+    said = [f"{bag.name}: {warning}" for bag in bags for warning in inspect(bag, config).warnings]
+    assert len(said) == 2 and sorted(plausibility.of_dataset(load_dataset(config), config)) == sorted(said)
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="the recordings of others are not here")
+@pytest.mark.parametrize("storage", ["mcap", "sqlite3"])
+def test_topics_that_other_readers_drop_are_counted(storage: str) -> None:
+    bags, faults = find_bags(SHARED / "ros2-rosbag2" / storage)
+    read = {bag.name: sum(t.read for t in inspect(bag).topics.values()) for bag in bags}
+    assert not faults and (read["talker"], read["convert_a"], read["convert_b"]) == (20, 150, 75)
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="the recordings of others are not here")
+def test_types_that_are_not_known_are_counted() -> None:
+    (bag,), _ = find_bags(SHARED / "ros2-rosbag2/mcap/bag_with_topics_and_service_events")
+    found = inspect(bag)
+    service = found.topics["/test_service1/_service_event"]
+    assert found.verdict == GOOD and service.read == 4 and service.not_understood and not service.joints
+    assert "counted only" in inspect_bags.table(found, None)
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="the recordings of others are not here")
+def test_a_real_camera_and_real_arms() -> None:
+    found = {}
+    for folder in (
+        "UbiquityRobotics-fiducials",
+        "ipab-slmc-kuka_honeypot_demo",
+        "mbrummelhuis-aerial_tactile_servoing",
+    ):
+        for bag in find_bags(SHARED / folder)[0]:
+            found[bag.name] = inspect(bag, pictures=True)
+    camera = found["aruco_images.bag"].topics["/raspicam_node/image/compressed"]
+    assert camera.pictures and camera.pictures.kinds == {"1280x960 jpeg": 1} and "1.24 s off" in camera.clock
+    assert camera.pictures.shown[0].pixels.shape == (240, 320, 3)
+    kuka = found["test.bag"].topics["/joint_states"]
+    assert kuka.header_minus_receive_ms and kuka.header_minus_receive_ms.median == pytest.approx(4.4, abs=0.1)
+    assert len(kuka.joints) == 7 and max(joint.fastest for joint in kuka.joints) < 2, "rad/s, of a real arm"
+    servo = found["ros2bag_servo_serial_no_unexpected_q3"].topics["/servo/out/state"]
+    assert [joint.name for joint in servo.joints] == [f"position[{i}]" for i in range(3)], "name[] is empty"
+    for one in found.values():
+        text = inspect_bags.table(one, None)
+        assert max(map(len, text.splitlines())) <= 100 and one.verdict == GOOD
+
+
+def test_frozen_half_and_two_kinds_of_pictures(tmp_path: Path) -> None:
+    """Raw pictures with other header stamps and the same pixels are frozen; a broken or changing one is named."""
+    stamps = [START + i * 33 * MS for i in range(9)]
+    same = [(CAMERA, "sensor_msgs/msg/Image", t, image(t, picture(i // 3))) for i, t in enumerate(stamps)]
+    found = inspected(tmp_path / "frozen", same)
+    assert found.topics[CAMERA].pictures and found.topics[CAMERA].pictures.frozen == (1, 2, 4, 5, 7, 8)
+    assert "byte for byte" in found.warnings[0] and found.verdict == USABLE
+    changing = [(CAMERA, JPEG, t, jpeg(t, picture(i, 48 + 16 * (i > 4)))) for i, t in enumerate(stamps)]
+    (warning,) = inspected(tmp_path / "two", changing).warnings
+    assert "5 of 64x48 jpeg, 4 of 64x64 jpeg" in warning
+    half = [(CAMERA, JPEG, t, jpeg(t, picture(i))) for i, t in enumerate(stamps)]
+    half[4][3].data = half[4][3].data[:-100]
+    broken = inspected(tmp_path / "half", half)
+    assert broken.topics[CAMERA].read == 9 and broken.verdict == BAD
+    assert len(broken.faults) == 1 and "message 4 at t+0.132 s" in broken.faults[0]
+
+
+def test_faults_of_reading_and_of_training(tmp_path: Path) -> None:
+    path = write(tmp_path / "bags/one", episode())
+    text = (path / "metadata.yaml").read_text()
+    (path / "metadata.yaml").write_text(text.replace("message_count: 31", "message_count: 5"))
+    (bag,), _ = find_bags(tmp_path / "bags")
+    assert inspect(bag).faults == [
+        f"{CAMERA}: 31 messages read, metadata.yaml declares 5; if the storage is right, `ros2 bag reindex` the folder"
+    ]
+    state_alone = configured(tmp_path, "data.cameras={}", "data.action.from=next_state")
+    found = inspect(bag, state_alone)
+    assert not found.faults and "declares 5" in found.warnings[0], "a topic that nobody asked for is no fault"
+    misspelt = replace(state_alone, data=replace(state_alone.data, cameras={"color": "/elsewhere"}))
+    assert [fault for fault in inspect(bag, misspelt).faults if "/elsewhere: no such topic" in fault]
+
+
+def test_the_command(tmp_path: Path) -> None:
+    write(tmp_path / "bags/good", arm())
+    write(tmp_path / "bags/stuck", arm(still=(1,)))
+    (tmp_path / "my.yaml").write_text(yaml.safe_dump({"data": {"cameras": {"color": CAMERA}, "image_size": [48, 64]}}))
+    state = f"data.state=[{{topic: {STATE}, joints: [a, b, c]}}]"
+    command = ("--config", tmp_path / "my.yaml", f"data.bag_dir={tmp_path}/bags", state, "model.chunk_size=30")
+    done = run(*command, "model.n_action_steps=30")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "warning: b never moves" in done.stdout and max(map(len, done.stdout.splitlines()[:-1])) <= 100
+    assert done.stdout.splitlines()[-1].startswith("2 recordings: 1 good, 1 usable, read the warnings; look at")
+    (tmp_path / "bags/empty.mcap").write_bytes(b"")
+    done = run(tmp_path / "bags", "--json", "--no-pictures")
+    tree = json.loads(done.stdout, parse_constant=lambda name: pytest.fail(f"{name} in JSON"))
+    assert done.returncode == 1 and [one["verdict"] for one in tree["recordings"]] == [BAD, GOOD, GOOD]
+    good = tree["recordings"][1]
+    assert good["topics"][STATE]["joints"][0]["name"] == "a" and good["topics"][CAMERA]["pictures"]["looked_at"] == 0
+    assert "0 bytes" in tree["recordings"][0]["faults"][0] and "1 cannot be trained on" in tree["summary"]
+    assert "does not exist" in run(tmp_path / "nowhere").stdout
+
+
+def test_a_proposed_configuration_trains(tmp_path: Path) -> None:
+    """A UR whose driver publishes the elbow first, two cameras of which one comes twice, depth, a gripper and commands."""
+    joints = [
+        f"left_{name}_joint" for name in ("elbow", "shoulder_lift", "shoulder_pan", "wrist_1", "wrist_2", "wrist_3")
+    ]
+    layout = make("std_msgs/msg/MultiArrayLayout", dim=[], data_offset=0)
+    messages: list[Timed] = []
+    for i in range(120):
+        t = START + i * 10 * MS
+        messages.append(("/joint_states", JOINT_STATE, t, joint_state(t, np.sin(i / 30 + np.arange(6)), joints)))
+        messages.append(("/arm/command", JOINT_STATE, t, joint_state(t, np.sin(i / 30 + np.arange(6)), joints)))
+        if i % 7 == 0:
+            pixels = picture(i, 480, 640)
+            for topic in ("/camera/wrist/image_raw", "/camera/front/image_raw"):
+                messages.append((topic + "/compressed", JPEG, t, jpeg(t, pixels)))
+            messages.append(("/camera/wrist/image_raw", "sensor_msgs/msg/Image", t, image(t, pixels)))
+            depth = image(t, pixels[..., :2], "16UC1")
+            messages.append(("/camera/wrist/depth", "sensor_msgs/msg/Image", t, depth))
+            array = make("std_msgs/msg/Float64MultiArray", layout=layout, data=np.array([0.04]))
+            messages.append(("/gripper/width", "std_msgs/msg/Float64MultiArray", t, array))
+    for name in ("one", "two"):
+        write(tmp_path / "bags" / name, messages)
+    text = propose(find_bags(tmp_path / "bags")[0])
+    path = tmp_path / "proposed.yaml"
+    path.write_text(text)
+    data = load(path).data
+    assert data.bag_dir == tmp_path / "bags" and data.fps == 15 and data.image_size == (240, 320)
+    assert data.cameras == {
+        "front": "/camera/front/image_raw/compressed",
+        "wrist": "/camera/wrist/image_raw/compressed",
+    }
+    order = ("shoulder_pan", "shoulder_lift", "elbow", "wrist_1", "wrist_2", "wrist_3")
+    assert data.state[0].joints == tuple(f"left_{name}_joint" for name in order), "from the base to the tool"
+    assert "# - {topic: /gripper/width}" in text and "depth: /camera/wrist/depth" in text
+    path.write_text(re.sub(r"from: next_state.*\n.*\n    # (from: .*)", r"\1", text))
+    commanded = load(path, [f"data.cache_dir={tmp_path}/cache"])
+    assert commanded.data.commands[0].topic == "/arm/command", "the suggestion in the comment can be taken as it stands"
+    dataset = load_dataset(commanded)
+    assert len(dataset.train.names) == 1 and dataset.train.state.shape[1] == dataset.train.action.shape[1] == 6
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="the recordings of others are not here")
+@pytest.mark.parametrize(
+    "path",
+    ["ipab-slmc-kuka_honeypot_demo/test.bag", "mbrummelhuis-aerial_tactile_servoing/ros2bag_ats_2025-12-02_12-44-28"],
+)
+def test_a_configuration_proposed_for_a_real_arm(tmp_path: Path, path: str) -> None:
+    proposed = tmp_path / "proposed.yaml"
+    proposed.write_text(propose(find_bags(SHARED / path)[0]))
+    dataset = load_dataset(load(proposed, [f"data.cache_dir={tmp_path}/cache"]))
+    assert len(dataset.train.state) > 100 and not load(proposed).data.cameras
+
+
+def test_memory_does_not_grow_with_the_recording(tmp_path: Path) -> None:
+    stamps = [START + i * 33 * MS for i in range(220)]
+    write(
+        tmp_path / "bags/one",
+        [(CAMERA, "sensor_msgs/msg/Image", t, image(t, picture(i, 480, 640))) for i, t in enumerate(stamps)],
+    )
+    code = f"""
+import re
+from pathlib import Path
+import inspection
+from bags import find_bags
+def peak():
+    return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) // 1024
+(bag,), _ = find_bags(Path("{tmp_path}/bags"))
+before = peak()
+print(inspection.inspect(bag, None, True).topics["{CAMERA}"].read, peak() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=SCRIPT.parent, capture_output=True, text=True, check=True)
+    read, grown = map(int, done.stdout.split())
+    assert read == 220 and grown < 60, f"{grown} MB for 200 MB of pictures"
