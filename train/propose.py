@@ -72,7 +72,7 @@ def _first(bag: Bag, topic: str) -> Message:
 
 
 def _joints(bag: Bag, topic: Topic) -> Joints:
-    content = _first(bag, topic.name).content
+    content = _first(bag, topic.name).content()
     if topic.types[0] == TRAJECTORY:
         return Joints(topic.name, TRAJECTORY, tuple(content.joint_names), len(content.joint_names))
     return Joints(topic.name, JOINT_STATE, tuple(content.name), len(content.position))

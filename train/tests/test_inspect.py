@@ -237,7 +237,8 @@ def test_frozen_half_and_two_kinds_of_pictures(tmp_path: Path) -> None:
     stamps = [START + i * 33 * MS for i in range(9)]
     same = [(CAMERA, "sensor_msgs/msg/Image", t, image(t, picture(i // 3))) for i, t in enumerate(stamps)]
     found = inspected(tmp_path / "frozen", same)
-    assert found.topics[CAMERA].pictures and found.topics[CAMERA].pictures.frozen == (1, 2, 4, 5, 7, 8)
+    pictures = found.topics[CAMERA].pictures
+    assert pictures and pictures.frozen == (1, 2, 4, 5, 7, 8)
     assert "byte for byte" in found.warnings[0] and found.verdict == USABLE
     changing = [(CAMERA, JPEG, t, jpeg(t, picture(i, 48 + 16 * (i > 4)))) for i, t in enumerate(stamps)]
     (warning,) = inspected(tmp_path / "two", changing).warnings
