@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import yaml
 
+from blob_url import BlobUrl
 from faults import Fault
 from strict import UniqueKeys, anchor_paths, build, setting, yaml_key
 
@@ -61,8 +62,9 @@ class Action:
 class Data:
     """From recordings to episodes."""
 
-    bag_dir: Path = setting(
-        ROOT / "rosbag-to-lerobot/local_bags", "folder of recordings: .mcap, .db3, .bag, rosbag2 folders"
+    bag_dir: Path | BlobUrl = setting(
+        ROOT / "rosbag-to-lerobot/local_bags",
+        "folder of recordings: .mcap, .db3, .bag, rosbag2 folders; or https://ACCOUNT.blob.core.windows.net/CONTAINER/PREFIX",
     )
     cache_dir: Path = setting(
         ROOT / "outputs/cache", "decoded recordings, shared by all runs; may be deleted at any time"
@@ -216,7 +218,7 @@ def to_dict(value: Any) -> Any:
         return [to_dict(item) for item in value]
     if isinstance(value, dict):
         return {key: to_dict(item) for key, item in value.items()}
-    return str(value) if isinstance(value, Path) else value
+    return str(value) if isinstance(value, (Path, BlobUrl)) else value
 
 
 def dump(config: Config) -> str:

@@ -28,6 +28,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bags import Bag, find_bags
+from blob import local_folder
 from config import Config, Data, to_dict
 from episodes import Recording, read_frames, read_recording
 from faults import Fault
@@ -142,7 +143,7 @@ def load_dataset(config: Config, held_out: Collection[str] | None = None) -> Dat
     Raises Fault with the faults of all of them.
     """
     data = config.data
-    bags, faults = find_bags(data.bag_dir)
+    bags, faults = find_bags(local_folder(data.bag_dir, data.cache_dir))
     code = hashlib.sha256(b"".join(Path(__file__).with_name(source).read_bytes() for source in SOURCES)).hexdigest()
     folders = {bag.name: _cache_folder(bag, data, code) for bag in bags}
     missing = [bag for bag in bags if not folders[bag.name].exists()]

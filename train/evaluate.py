@@ -147,7 +147,7 @@ def _recordings(policy: Policy, config: Config, bags: Path | None) -> Dataset:
     config = replace(config, data=replace(config.data, bag_dir=bags.resolve()))
     if not bags.exists():
         raise Fault(f"--bags: {bags} does not exist; give a folder of recordings")
-    dataset = load_dataset(config, held_out=[bag.name for bag in find_bags(config.data.bag_dir)[0]])
+    dataset = load_dataset(config, held_out=[bag.name for bag in find_bags(bags.resolve())[0]])
     trained = {sha: name for name, files in policy.robot["recordings"]["train"].items() for sha in files.values()}
     seen = {
         name: trained[sha] for name, files in dataset.recordings.items() for sha in files.values() if sha in trained

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 AGAIN = 75  # EX_TEMPFAIL of sysexits.h: nothing to mend, the same command goes on
+# a SAS signature, an account's key, the password of a URL: a fault repeats what was given, but not these
+SECRETS = re.compile(r"(?i)(?<=\bsig=)[^&;\s'\"]+|(?<=\bAccountKey=)[^;\s'\"]+|(?<=://)[^/@\s]+(?=@)")
 
 
 class Fault(Exception):
     """What a user can mend. Each argument is one line: where, the value found, what was expected, what to do."""
 
     code = 1  # with which a script ends
+
+    def __init__(self, *lines: str) -> None:
+        super().__init__(*(SECRETS.sub("***", line) for line in lines))
 
     def __str__(self) -> str:
         return "\n".join(str(line) for line in self.args)

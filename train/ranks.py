@@ -132,7 +132,7 @@ def together() -> Iterator[Ranks]:
 def _first_reason(store: dist.Store, rank: int, error: BaseException) -> tuple[int, int, str]:
     """Which process ended first, with what exit code and for what reason."""
     said = " ".join(str(error).split())
-    mine = f"{rank} 1 process {rank} failed, {type(error).__name__}: {said[:500]}"
+    mine = f"{rank} {error.code if isinstance(error, Fault) else 1} process {rank} failed, {type(error).__name__}: {said[:500]}"
     if isinstance(error, (SystemExit, KeyboardInterrupt)):
         mine = f"{rank} {AGAIN} process {rank} was interrupted before its first step; run the same command again"
     elif isinstance(error, RuntimeError) and any(word in said.lower() for word in LOST):

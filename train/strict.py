@@ -18,6 +18,9 @@ from typing import Any, Literal
 
 import yaml
 
+from blob_url import BlobUrl, is_url
+from faults import Fault
+
 
 def setting(
     default: Any, reason: str, *, least: float | None = None, above: float | None = None, below: float | None = None
@@ -61,6 +64,7 @@ def anchor_paths(tree: Any, kind: type, folder: Path) -> None:
             and isinstance(tree[key], str)
             and tree[key]
             and "\0" not in tree[key]
+            and not (BlobUrl in typing.get_args(hint) and is_url(tree[key]))
         ):
             tree[key] = str((folder / os.path.expanduser(tree[key])).resolve())  # noqa: PTH111 -- Path's raises
 
@@ -92,7 +96,13 @@ def _value(hint: Any, value: Any, key: str, bounds: Mapping[str, Any], faults: l
         return build(typing.cast(type, hint), value, key + ".", faults)
     if value is None and type(None) in inner:
         return None
-    if origin in (typing.Union, types.UnionType):  # a word, or a list
+    if BlobUrl in inner and isinstance(value, str) and is_url(value):
+        try:
+            return BlobUrl(value)
+        except Fault as fault:
+            faults += [f"{key}: {line}" for line in fault.args]
+            return value
+    if origin in (typing.Union, types.UnionType):  # a word, or a list; a path, if not the address above
         return _value(inner[1 if isinstance(value, list) else 0], value, key, bounds, faults)
     if origin is Literal:
         if value not in inner:

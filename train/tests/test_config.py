@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 import config
+from blob_url import BlobUrl
 from config import load
 from faults import Fault
 
@@ -19,6 +20,45 @@ def test_what_is_written_out_reads_back(tmp_path: Path) -> None:
     assert one.training.lr == 1e-4 and one.data.fps == 15.0 and one.data.action.from_[0].index == (0, 1)
     assert one.data.bag_dir == tmp_path / "bags", "relative to the file"
     assert one.output_dir == Path.cwd() / "out", "relative to the working folder"
+
+
+def test_an_address_in_azure_blob_stands_where_a_folder_may(tmp_path: Path) -> None:
+    url = "https://robots.blob.core.windows.net/data-sets/raw/day%201/"
+    (tmp_path / "a.yaml").write_text(f"data: {{bag_dir: '{url}'}}\n")
+    (tmp_path / "b.yaml").write_text(config.dump(load(tmp_path / "a.yaml")))
+    for one in (load(tmp_path / "b.yaml"), load(tmp_path / "a.yaml"), load(None, [f"data.bag_dir={url}"])):
+        place = one.data.bag_dir
+        assert isinstance(place, BlobUrl) and place == url and one == load(tmp_path / "a.yaml")
+        assert (place.account, place.container, place.prefix) == ("robots", "data-sets", "raw/day 1")
+    local = BlobUrl("http://127.0.0.1:10000/robots/bags")
+    assert (local.endpoint, local.account, local.prefix) == ("http://127.0.0.1:10000/robots", "robots", "")
+
+
+@pytest.mark.parametrize(
+    ("url", "words"),
+    [
+        ("https://a.blob.core.windows.net", ["names no container", "ACCOUNT.blob.core.windows.net/CONTAINER/PREFIX"]),
+        ("https://a.blob.core.windows.net/c/bags", ["'c' is not the name of a container"]),
+        ("https://a.blob.core.windows.net/bags/../x", ["prefix '../x'"]),
+        ("https://a.blob.core.windows.net/bags/a%2F..%2F..", ["is not the name of a folder"]),
+        ("https://a.dfs.core.windows.net/bags", ["give the same with a.blob.core.windows.net"]),
+        ("http://a.blob.core.windows.net/bags", ["in the clear"]),
+        ("azure://a/bags", ["azure://a, which is not Azure Blob"]),
+        ("https://a.blob.core.windows.net:x/bags", ["cannot be taken apart"]),
+        ("https://a.blob.core.windows.net/bags/d?sp=rl&sig=hidden%3D", ["a SAS token", "AZURE_STORAGE_SAS_TOKEN"]),
+        ("https://a:hidden@a.blob.core.windows.net/bags", ["before the @", "AZURE_STORAGE_KEY"]),
+    ],
+)
+def test_an_address_that_is_none_or_holds_a_secret(tmp_path: Path, url: str, words: list[str]) -> None:
+    (tmp_path / "c.yaml").write_text(f"data: {{bag_dir: '{url}'}}\n")
+    for path, overrides in ((tmp_path / "c.yaml", []), (None, [f"data.bag_dir={url}"])):
+        with pytest.raises(Fault) as caught:
+            load(path, overrides)
+        said = str(caught.value)
+        assert said.startswith("data.bag_dir: ") and all(word in said for word in words) and "hidden" not in said, said
+    with pytest.raises(Fault) as caught:
+        load(None, [url, f"data.bags={url}", f"data.bag_dir: {url}", f"data.fps={url}", f"data.bag_dir='{url}"])
+    assert len(caught.value.args) == 5 and "hidden" not in str(caught.value), caught.value
 
 
 def test_the_shipped_configurations_are_valid() -> None:

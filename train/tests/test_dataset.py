@@ -46,7 +46,7 @@ def recorded(folder: Path, count: int = 3) -> Path:
 
 def only_recording(folder: Path, *overrides: str) -> Recording:
     config = configured(folder, *overrides)
-    (bag,), _ = find_bags(config.data.bag_dir)
+    (bag,), _ = find_bags(folder / "bags")
     return read_recording(bag, config.data)
 
 

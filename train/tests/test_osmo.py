@@ -44,14 +44,18 @@ def tasks(workflow: dict[str, Any]) -> list[dict[str, Any]]:
     return workflow["groups"][0]["tasks"]
 
 
-def imports(module: str) -> set[str]:
-    """The modules of train/ that a module imports as it begins, and those that they import."""
+def imports(module: str, seen: frozenset[str] = frozenset()) -> set[str]:
+    """The modules of train/ that a module imports, early or late, and those that they import."""
     found: set[str] = set()
-    for node in ast.parse((TRAIN / f"{module}.py").read_text()).body:
+    nodes = ast.parse((TRAIN / f"{module}.py").read_text()).body
+    if module != "train":  # what only its own command needs
+        nodes = [node for node in nodes if not (isinstance(node, ast.FunctionDef) and node.name == "main")]
+    for node in (inner for outer in nodes for inner in ast.walk(outer)):
         names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
         names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         found |= {name for name in names if (TRAIN / f"{name}.py").exists()}
-    return {module}.union(*(imports(name) for name in found))
+        found -= seen | {module}
+    return {module}.union(*(imports(name, seen | found | {module}) for name in found))
 
 
 def test_what_is_sent_is_what_train_py_imports() -> None:
@@ -103,6 +107,19 @@ def test_what_is_asked_for_is_in_the_workflow() -> None:
     assert task["inputs"][0] == {"dataset": {"name": "cups"}}
     assert task["credentials"] == {"azure_cred": {"AZURE_STORAGE_KEY": "azure_storage_key"}}
     assert task["outputs"] == [{"url": "s3://b/runs/a-b"}]
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_a_task_that_reads_blob_itself(nodes: int) -> None:
+    url = "https://robots.blob.core.windows.net/bags/cups"
+    workflow = rendered(
+        settings=f"training.steps=5 data.bag_dir={url}", nodes=nodes, runs="azure://robots/runs", run="r"
+    )
+    for number, task in enumerate(tasks(workflow)):
+        before = [{"url": "azure://robots/runs/r/checkpoints"}]
+        assert task.get("inputs") == (before if number == 0 else None), "no recordings"
+        assert task["environment"]["BEFORE"] == ("<input:0>" if number == 0 else "")
+        assert task["environment"]["BAGS_URL"] == task["environment"]["BAGS"] == "" and url in task["args"][1]
 
 
 @pytest.fixture
@@ -220,6 +237,12 @@ def test_what_osmo_refuses(
             ["did you mean training.steps", "would expand this"],
         ),
         (["data={bag_dir: /x}"], 1, ["data.bag_dir", "--rosbags"]),
+        (["data.bag_dir=https://a.blob.core.windows.net"], 1, ["names no container"]),
+        (
+            ["data.bag_dir=https://a.blob.core.windows.net/bags/cups?sv=1&sig=secret", "--rosbags", "s3://a/b"],
+            1,
+            ["AZURE_STORAGE_SAS_TOKEN", "give one of them"],
+        ),
         (["--rosbags", ""], 1, ["--rosbags"]),
         (["--rosbags", "azure://a/b,c#d"], 1, ["becomes a URL"]),
         (["--fetch", ""], 1, ["--fetch", "not the name of a run"]),
@@ -232,6 +255,14 @@ def test_what_is_wrong_is_said_before_anything_is_sent(
     done = submit(*options)
     assert done.returncode == code and all(word in done.stderr for word in words), done.stderr
     assert bool(calls(world, "workflow", "submit")) == (code == 0)
+
+
+def test_recordings_that_the_pod_reads_from_blob(world: Path) -> None:
+    url = "data.bag_dir=https://robots.blob.core.windows.net/bags/cups"
+    done = submit(url, "--azure-cred", "azure_cred")
+    assert done.returncode == 0 and not calls(world, "data"), done.stderr
+    (sent,) = calls(world, "workflow", "submit")
+    assert f"settings={url}" in sent and "azure_cred=azure_cred" in sent
 
 
 def test_two_workflows_of_one_run(world: Path) -> None:
