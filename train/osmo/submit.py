@@ -2,6 +2,7 @@
 
     python train/osmo/submit.py                                       # as osmo-workflow.yaml and osmo-config.yaml say
     python train/osmo/submit.py --rosbags bags/ --run cups training.steps=20000
+    python train/osmo/submit.py data.bag_dir=https://ACCOUNT.blob.core.windows.net/CONTAINER/PREFIX --azure-cred azure_cred
     python train/osmo/submit.py --gpus 8 --dry-run                    # print what would be run, run nothing
     python train/osmo/submit.py --fetch cups                          # the newest checkpoint of a run, into outputs/
 
@@ -66,6 +67,9 @@ def main() -> None:
         "--rosbags", metavar="FOLDER|URL", help=f"recordings; a folder is uploaded [{defaults['rosbags']}]"
     )
     parser.add_argument("--dataset", help="an OSMO dataset in place of --rosbags, on servers before 6.4")
+    parser.add_argument(
+        "--azure-cred", metavar="NAME", help="OSMO credential with azure_storage_key, for data.bag_dir=URL"
+    )
     parser.add_argument("--image", help=f"[{defaults['image']}]")
     parser.add_argument("--gpus", type=int, help=f"on each node [{defaults['gpus']}]")
     parser.add_argument("--nodes", type=int, help=f"[{defaults['nodes']}]")
@@ -91,7 +95,11 @@ def main() -> None:
 def submit(arguments: argparse.Namespace, defaults: dict[str, Any], values: dict[str, Any]) -> None:
     """All from the checks to the commands that come next."""
     folder = None if values["rosbags"].startswith(STORAGE) else Path(values["rosbags"] or "/nowhere")
-    if faults := list(wrong_values(values, folder, arguments.settings)):
+    blob = reads_blob(arguments.settings)
+    faults = list(wrong_values(values, folder, arguments.settings))
+    if blob and (arguments.rosbags or arguments.dataset):
+        faults.append("data.bag_dir: recordings come from there or from --rosbags or --dataset; give one of them")
+    if faults:
         raise Fault(*faults)
     if folder:
         values["rosbags"] = f"{defaults['rosbags']}/{folder.resolve().name}"
@@ -119,7 +127,7 @@ def submit(arguments: argparse.Namespace, defaults: dict[str, Any], values: dict
     if folder:
         osmo(*upload, show=True, advice=DATA)
         check_upload(folder, values["rosbags"])
-    elif not values["dataset"]:
+    elif not values["dataset"] and not blob:
         check_recordings(values["rosbags"])
     try:
         osmo(*validation)
@@ -180,8 +188,11 @@ def wrong_values(values: dict[str, Any], folder: Path | None, settings: list[str
     try:
         wanted, sent = load(CONFIG, settings), load(CONFIG)
         paths = [(one.data.bag_dir, one.data.cache_dir, one.output_dir) for one in (wanted, sent)]
-        if paths[0] != paths[1]:
-            yield "data.bag_dir, data.cache_dir, output_dir: are the pod's, as in osmo-config.yaml; give --rosbags or --run"
+        if paths[0][reads_blob(settings) :] != paths[1][reads_blob(settings) :]:
+            yield (
+                "data.bag_dir, data.cache_dir, output_dir: are the pod's, as in osmo-config.yaml; give --rosbags, "
+                "data.bag_dir=https://... or --run"
+            )
     except Fault as fault:
         yield from fault.args
     for setting in settings:
@@ -200,6 +211,11 @@ def wrong_values(values: dict[str, Any], folder: Path | None, settings: list[str
         yield f"--rosbags {folder}: holds no recording (.mcap, .db3, .bag)"
     if re.search(r"[^\w. /:@-]", folder.resolve().name if folder else values["rosbags"]):
         yield f"--rosbags {values['rosbags']}: becomes a URL; expected letters, digits, blanks and _ - . / alone"
+
+
+def reads_blob(settings: list[str]) -> bool:
+    """Whether the tasks read Azure Blob themselves; osmo-workflow.yaml sees it by the same words."""
+    return any(setting.startswith("data.bag_dir=http") for setting in settings)
 
 
 def check_login(server: str) -> None:
