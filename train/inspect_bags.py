@@ -2,7 +2,7 @@
 
     python train/inspect_bags.py                        # every recording of train/config.yaml
     python train/inspect_bags.py --config my.yaml data.fps=15
-    python train/inspect_bags.py PATH...                # any recording, without a configuration
+    python train/inspect_bags.py PATH...                # any recording, without a configuration; a URL of Azure Blob, too
     python train/inspect_bags.py PATH --propose > my.yaml
     python train/inspect_bags.py --html report.html     # to look at;  --json: one document for other programs
 
@@ -24,7 +24,9 @@ from typing import Any
 from tqdm import tqdm
 
 from bags import Bag, find_bags
-from config import Config, load
+from blob import local_folder
+from blob_url import BlobUrl, is_url
+from config import Config, Data, load
 from faults import Fault, told_plainly
 from inspection import BAD, GOOD, USABLE, Found, inspect
 from run_folder import write_whole
@@ -161,16 +163,18 @@ def closing(verdicts: Counter[str], faults: int) -> str:
 
 def _bags(arguments: argparse.Namespace) -> tuple[Config | None, list[Bag], list[str]]:
     """The configuration, if one is wanted; the recordings; the faults of those that cannot be told."""
-    paths = [Path(item) for item in arguments.what if "=" not in item or Path(item).exists()]
-    overrides = [item for item in arguments.what if "=" in item and not Path(item).exists()]
+    paths = [item for item in arguments.what if "=" not in item or is_url(item) or Path(item).exists()]
+    overrides = [item for item in arguments.what if item not in paths]
     config = None
     if not paths or arguments.config or overrides:
         config = load(arguments.config or Path(__file__).with_name("config.yaml"), overrides)
     bags: list[Bag] = []
     faults: list[str] = []
-    for path in paths or ([config.data.bag_dir] if config else []):
+    data = config.data if config else Data()
+    for path in paths or [data.bag_dir]:
         try:
-            some, unread = find_bags(path)
+            place = BlobUrl(path) if isinstance(path, str) and is_url(path) else path
+            some, unread = find_bags(local_folder(place if isinstance(place, BlobUrl) else Path(place), data.cache_dir))
             bags, faults = bags + some, faults + unread
         except Fault as fault:
             faults += [line.removeprefix("data.bag_dir: ") if paths else line for line in map(str, fault.args)]

@@ -187,7 +187,7 @@ def test_a_dry_run_says_the_same_of_what_is_cached(tmp_path: Path) -> None:
     for name, recorded in {"good": {}, "stuck": {"still": (1,)}, "waiting": {"seconds": 9.0, "waits": 5.0}}.items():
         write(tmp_path / "bags" / name, arm(**recorded))  # type: ignore[arg-type]
     config = configured(tmp_path)
-    bags, _ = find_bags(config.data.bag_dir)
+    bags, _ = find_bags(tmp_path / "bags")
     said = [f"{bag.name}: {warning}" for bag in bags for warning in inspect(bag, config).warnings]
     assert len(said) == 2 and sorted(plausibility.of_dataset(load_dataset(config), config)) == sorted(said)
 
