@@ -28,6 +28,7 @@ from topics import SECOND, Decode, Measure, Pictures, Spread, Topic
 GOOD, USABLE, BAD = "good", "usable, read the warnings", "cannot be trained on"
 SILENT_S = 1.0
 LATE_MS = 100.0
+FROZEN = 0.03  # of the arm's way, while its pictures stand still
 NOT_IN_JSON = ("recording", "series", "stamps", "pixels", "gaps")
 
 
@@ -82,16 +83,15 @@ def inspect(bag: Bag, config: Config | None = None, pictures: bool = False) -> F
     """
     data = config.data if config else None
     asked = {*data.cameras.values(), *(s.topic for s in (*data.state, *data.commands))} if data else None
-    measures: dict[str, Measure] = {
-        topic: Measure(topic, declared, pictures) for topic, declared in bag.declared.items()
-    }
+    cameras = set(data.cameras.values()) if data else set()
+    measures = {topic: Measure(topic, declared, pictures, topic in cameras) for topic, declared in bag.declared.items()}
     faults: list[str] = []
     warnings: list[str] = []
 
     def complain(topic: str, lines: tuple[Any, ...] | list[str]) -> None:
         (faults if asked is None or topic in asked else warnings).extend(map(str, lines))
 
-    whole = _measure(bag, measures, pictures, faults, complain)
+    whole = _measure(bag, measures, pictures, cameras, faults, complain)
     receive = [measure.receive for measure in measures.values() if measure.receive]
     start_ns = min((min(stamps) for stamps in receive), default=0)
     end_ns = max((max(stamps) for stamps in receive), default=0)
@@ -119,7 +119,9 @@ def inspect(bag: Bag, config: Config | None = None, pictures: bool = False) -> F
     return found
 
 
-def _measure(bag: Bag, measures: dict[str, Measure], pictures: bool, faults: list[str], complain: Any) -> bool:
+def _measure(
+    bag: Bag, measures: dict[str, Measure], pictures: bool, cameras: set[str], faults: list[str], complain: Any
+) -> bool:
     """Let every message of a bag go by its topic's measure; whether all files could be read to their ends."""
     whole, broken, start_ns = True, set(), 0
     for file in bag.files:
@@ -129,7 +131,7 @@ def _measure(bag: Bag, measures: dict[str, Measure], pictures: bool, faults: lis
                 for connection in storage.connections:
                     topic = connection.topic
                     if topic not in measures:
-                        measures[topic] = Measure(topic, 0 if bag.declared else None, pictures)
+                        measures[topic] = Measure(topic, 0 if bag.declared else None, pictures, topic in cameras)
                     measures[topic].stored += connection.msgcount
                     measures[topic].types.add(full_name(connection.msgtype))
                 for connection, receive_ns, raw in storage.raw:
@@ -195,6 +197,13 @@ def _as_training_would(bag: Bag, config: Config, found: Found) -> None:
         found.faults += map(str, fault.args)
         return
     found.notes = found.recording.notes
+    for topic in data.cameras.values():
+        pictures = found.topics[topic].pictures
+        sizes = {kind.split()[0] for kind in pictures.kinds} if pictures else set()
+        if len(sizes) > 1:
+            found.faults.append(
+                f"{topic}: pictures of {' and '.join(sorted(sizes))}; expected one size in a recording: leave it out"
+            )
     at = np.concatenate([episode.ticks for episode in found.recording.episodes])
     newest = {topic: one.stamps[np.searchsorted(one.stamps, at, side="right") - 1] for topic, one in series.items()}
     state = newest[data.state[0].topic]
@@ -237,14 +246,15 @@ def _topics(found: Found, config: Config | None) -> Iterator[str]:
         frozen = len(pictures.frozen)
         if path is not None and frozen:
             share = path(topic.stamps, np.array(pictures.frozen))
-            if share > 0.02:
+            if share > FROZEN:
                 yield (
                     f"{name}: {frozen} of {topic.read} pictures are byte for byte the one before, and {share:.0%} of the arm's "
                     "motion happens in them: the camera hung or is slower than its topic; leave the recording out"
                 )
         elif frozen > topic.read / 2:
             yield f"{name}: {frozen} of {topic.read} pictures are byte for byte the one before: does the camera run?"
-        if len(pictures.kinds) > 1:
+        sizes = {kind.split()[0] for kind in pictures.kinds}
+        if len(pictures.kinds) > 1 and (len(sizes) == 1 or not config):  # else it is a fault
             kinds = ", ".join(f"{count} of {kind}" for kind, count in pictures.kinds.items())
             yield f"{name}: pictures of more than one kind: {kinds}; expected one in a recording"
     for camera, spread in found.state_minus_image_ms.items():

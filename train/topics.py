@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import math
 import struct
 from array import array
 from collections import Counter
@@ -20,14 +21,15 @@ from rosbags.interfaces import Connection
 
 from bags import full_name
 from faults import Fault
-from images import DEPTH, JPEG_BEGIN, JPEG_END, resize, to_rgb
+from images import CHANNELS, DEPTH, JPEG_BEGIN, JPEG_END, resize, to_rgb
 from signals import IMAGES, JOINT_STATE, choose_clock
 
 STAMP_END = 12  # of a message that begins with a header: 4 bytes of CDR's or ROS 1's own, then the stamp
 GAP_PERIODS = 2.5  # a gap worth showing
-LOOKED_AT = 20  # pictures of a camera, spread evenly, besides those of far fewer bytes than usual
+LOOKED_AT = 20  # compressed pictures of a camera, spread evenly, besides those of far fewer bytes than usual
 BLACK = 10  # mean brightness out of 255
 SHOWN_HEIGHT = 240  # pixels, at most, of the pictures that are kept
+BLOCK = 4096  # messages of joints that are looked at together
 SECOND = 10**9
 
 
@@ -102,9 +104,12 @@ class Topic(NamedTuple):
 
 
 class Measure:
-    """The measuring of one topic while its messages go by."""
+    """The measuring of one topic while its messages go by.
 
-    def __init__(self, name: str, declared: int | None, pictures: bool) -> None:
+    `pictures` decodes some of them; a topic that is `wanted` as a camera has its first one decoded in any case.
+    """
+
+    def __init__(self, name: str, declared: int | None, pictures: bool, wanted: bool) -> None:
         self.name = name
         self.declared = declared
         self.stored = 0
@@ -113,7 +118,7 @@ class Measure:
         self.receive = array("q")
         self.header = array("q")
         self.joints = _Joints()
-        self.pictures = _Pictures(pictures)
+        self.pictures = _Pictures(pictures, wanted)
 
     def add(self, connection: Connection, receive_ns: int, raw: bytes, decode: Decode | None, place: str) -> None:
         """A message. Raises Fault where it should be decoded and does not; it is counted all the same."""
@@ -192,53 +197,63 @@ class _Joints:
     def __init__(self) -> None:
         self.names: list[str] = []
         self.places: dict[tuple[str, ...], np.ndarray] = {}
-        self.table = np.zeros((6, 0))  # least, greatest, last position, last time, fastest, its time
-        self.first_ns = 0
-        self.count = 0
+        self.rows, self.stamps = array("d"), array("q")  # not yet looked at
+        self.seen: dict[str, tuple[int, float]] = {}  # the last stamp and position of each
+        self.joints: dict[str, Joint] = {}  # with the stamp itself, in ns, for fastest_at_s
 
     def add(self, content: Any, stamp: int) -> None:
         named = tuple(content.name) or tuple(f"position[{i}]" for i in range(len(content.position)))
-        if len(named) != len(content.position):
+        if len(named) != len(content.position):  # a command of velocities, say; read_series tells who wants positions
             return
         places = self.places.get(named)
         if places is None:
+            self.look()
             self.names += [name for name in dict.fromkeys(named) if name not in self.names]
-            new = np.tile(np.array([[np.inf], [-np.inf], [np.nan], [np.nan], [0], [0]]), len(self.names))
-            new[:, : self.table.shape[1]] = self.table
-            self.table = new
             places = self.places[named] = np.array([self.names.index(name) for name in named], int)
-        self.first_ns = self.first_ns or stamp
-        self.count += 1
-        seconds = (stamp - self.first_ns) / SECOND
-        now = np.asarray(content.position)
-        least, greatest, last, at, fastest, fastest_at = self.table[:, places]
-        elapsed = seconds - at
-        # messages that a busy machine delivered in a bunch are taken as one step
-        apart = (elapsed > 0.5 * seconds / self.count) | np.isnan(at)
-        speed = np.where(apart, np.abs(now - last) / np.where(elapsed > 0, elapsed, np.nan), 0.0)
-        faster = speed > fastest
-        self.table[:, places] = (
-            np.fmin(least, now),
-            np.fmax(greatest, now),
-            np.where(apart, now, last),
-            np.where(apart, seconds, at),
-            np.where(faster, speed, fastest),
-            np.where(faster, seconds, fastest_at),
-        )
+        row = np.full(len(self.names), np.nan)
+        row[places] = content.position
+        self.rows.frombytes(row.tobytes())
+        self.stamps.append(stamp)
+        if len(self.stamps) == BLOCK:
+            self.look()
+
+    def look(self) -> None:
+        """Look at the rows that have gathered, and let them go."""
+        rows, stamps = np.array(self.rows).reshape(-1, max(1, len(self.names))), np.array(self.stamps, np.int64)
+        self.rows, self.stamps = array("d"), array("q")
+        for name, column in zip(self.names, rows.T, strict=True) if len(rows) else ():
+            there = np.isfinite(column)
+            if not there.any():
+                continue
+            position, at = column[there], stamps[there]
+            if name in self.seen:
+                at, position = np.append(self.seen[name][0], at), np.append(self.seen[name][1], position)
+            self.seen[name] = int(at[-1]), float(position[-1])
+            one = self.joints.get(name, Joint(name, math.inf, -math.inf, 0.0, float(at[0])))
+            elapsed = np.diff(at)
+            if len(elapsed):
+                # a busy machine delivers in bunches what was measured a period apart
+                with np.errstate(over="ignore"):  # of damaged numbers
+                    speed = (
+                        np.abs(np.diff(position)) / np.maximum(elapsed, max(1.0, float(np.median(elapsed)))) * SECOND
+                    )
+                most = int(speed.argmax())
+                if speed[most] > one.fastest:
+                    one = one._replace(fastest=float(speed[most]), fastest_at_s=float(at[most + 1]))
+            self.joints[name] = one._replace(
+                least=min(one.least, float(position.min())), greatest=max(one.greatest, float(position.max()))
+            )
 
     def found(self, start_ns: int) -> tuple[Joint, ...]:
-        offset = (self.first_ns - start_ns) / SECOND
-        return tuple(
-            Joint(name, *map(float, (least, greatest, fastest, at + offset)))
-            for name, least, greatest, fastest, at in zip(self.names, *self.table[[0, 1, 4, 5]], strict=True)
-        )
+        self.look()
+        return tuple(one._replace(fastest_at_s=(one.fastest_at_s - start_ns) / SECOND) for one in self.joints.values())
 
 
 class _Pictures:
     """Sizes, frozen and black pictures of one topic."""
 
-    def __init__(self, decoded: bool) -> None:
-        self.decoded = decoded
+    def __init__(self, decoded: bool, wanted: bool) -> None:
+        self.decoded, self.wanted = decoded, wanted
         self.kinds: Counter[str] = Counter()
         self.frozen = array("q")
         self.last = b""
@@ -251,18 +266,20 @@ class _Pictures:
         """A picture; total is how many there will be."""
         content = decode(raw, place)
         self.bytes += len(raw)
-        kind, depth = _kind(content, raw, place)
+        kind, colour = _kind(content, raw, place)
         self.kinds[kind] += 1
         end = max(STAMP_END, len(raw) - 4096)  # looked at first: it is most likely to differ
         if len(raw) == len(self.last) and raw[end:] == self.last[end:] and raw[STAMP_END:] == self.last[STAMP_END:]:
             self.frozen.append(number)
         self.last = raw
-        if depth or not self.decoded:
+        if self.wanted and number == 0:
+            to_rgb(content, place)  # raises the Fault of what no camera gives
+        if not colour or not self.decoded:
             return
         small = len(raw) < 0.4 * self.bytes / (number + 1)  # as a black picture is, once compressed
-        if number % max(1, total // LOOKED_AT) == 0 or small:
+        if number % max(1, total // LOOKED_AT) == 0 or small or hasattr(content, "encoding"):
             self.looked_at += 1
-            self.black += bool(_brightness(content, raw, place) < BLACK)
+            self.black += bool(_brightness(content, place) < BLACK)
         if number in (0, total // 2):
             self.shown.append((stamp, _small(to_rgb(content, place))))
         self.end = stamp, content, place
@@ -276,27 +293,30 @@ class _Pictures:
 
 
 def _kind(content: Any, raw: bytes, place: str) -> tuple[str, bool]:
-    """(size and encoding of a picture, whether it holds depth), without decoding it."""
+    """(size and encoding of a picture, whether it is one in colour or grey), without decoding it."""
     if hasattr(content, "encoding"):
-        return f"{content.width}x{content.height} {content.encoding}", content.encoding in DEPTH
+        return f"{content.width}x{content.height} {content.encoding}", content.encoding in CHANNELS
     if any(depth in content.format for depth in DEPTH):
-        return content.format, True
+        return content.format, False
     try:
         if content.data[:2].tobytes() == JPEG_BEGIN and raw.rfind(JPEG_END) < 0:
             raise OSError("its end is missing")
         with Image.open(io.BytesIO(content.data)) as picture:
-            return f"{picture.width}x{picture.height} {(picture.format or '').lower()}", False
-    except (OSError, SyntaxError, ValueError) as error:
+            return f"{picture.width}x{picture.height} {(picture.format or '').lower()}", True
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise Fault(
             f"{place}: {len(content.data)} bytes of format {content.format!r} do not decode as a picture "
             f"({' '.join(str(error).split())[:80]}); the file is damaged or the recorder cut it short: leave the recording out"
         ) from None
 
 
-def _brightness(content: Any, raw: bytes, place: str) -> float:
-    """The mean of a picture, 0 to 255."""
+def _brightness(content: Any, place: str) -> float:
+    """The mean of a picture, 0 to 255; of a compressed one at an eighth of its size, which is quicker."""
     if not hasattr(content, "encoding"):
-        grey = cv2.imdecode(np.asarray(content.data), cv2.IMREAD_REDUCED_GRAYSCALE_8)
+        try:
+            grey = cv2.imdecode(np.asarray(content.data), cv2.IMREAD_REDUCED_GRAYSCALE_8)
+        except cv2.error:
+            grey = None
         if grey is not None:
             return float(grey.mean())
     return float(to_rgb(content, place).mean())  # raises the Fault of what does not decode
@@ -313,5 +333,5 @@ def _slowest_second(stamps: np.ndarray) -> float | None:
     if len(stamps) < 2 or stamps[-1] - stamps[0] < 2 * SECOND:
         return None
     ordered = np.sort(stamps)
-    begin = np.arange(ordered[0], ordered[-1] - SECOND, SECOND // 10)
-    return float((np.searchsorted(ordered, begin + SECOND) - np.searchsorted(ordered, begin)).min())
+    after = ordered[ordered <= ordered[-1] - SECOND]  # the emptiest begins right behind a message
+    return float((np.searchsorted(ordered, after + SECOND, side="right") - np.arange(1, len(after) + 1)).min())

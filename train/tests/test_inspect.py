@@ -232,17 +232,25 @@ def test_a_real_camera_and_real_arms() -> None:
         assert max(map(len, text.splitlines())) <= 100 and one.verdict == GOOD
 
 
-def test_frozen_half_and_two_kinds_of_pictures(tmp_path: Path) -> None:
+def test_pictures_that_no_camera_should_give(tmp_path: Path) -> None:
     """Raw pictures with other header stamps and the same pixels are frozen; a broken or changing one is named."""
     stamps = [START + i * 33 * MS for i in range(9)]
     same = [(CAMERA, "sensor_msgs/msg/Image", t, image(t, picture(i // 3))) for i, t in enumerate(stamps)]
     found = inspected(tmp_path / "frozen", same)
     pictures = found.topics[CAMERA].pictures
-    assert pictures and pictures.frozen == (1, 2, 4, 5, 7, 8)
+    assert pictures and pictures.frozen == (1, 2, 4, 5, 7, 8) and pictures.looked_at == 9
     assert "byte for byte" in found.warnings[0] and found.verdict == USABLE
     changing = [(CAMERA, JPEG, t, jpeg(t, picture(i, 48 + 16 * (i > 4)))) for i, t in enumerate(stamps)]
     (warning,) = inspected(tmp_path / "two", changing).warnings
     assert "5 of 64x48 jpeg, 4 of 64x64 jpeg" in warning
+    joints = [(STATE, JOINT_STATE, t, joint_state(t, [i, i, i])) for i, t in enumerate(stamps)]
+    config = configured(tmp_path / "fault", "data.action.from=next_state")
+    (fault,) = inspected(tmp_path / "fault", joints + changing, config).faults
+    assert "pictures of 64x48 and 64x64" in fault, "training would refuse it"
+    depth = [(CAMERA, "sensor_msgs/msg/Image", t, image(t, picture(i)[..., 1:], "16UC1")) for i, t in enumerate(stamps)]
+    assert inspected(tmp_path / "depth", depth).verdict == GOOD, "of no use as a camera, but nobody asked"
+    config = configured(tmp_path / "asked", "data.action.from=next_state")
+    assert "depth or 16-bit" in inspected(tmp_path / "asked", joints + depth, config).faults[0]
     half = [(CAMERA, JPEG, t, jpeg(t, picture(i))) for i, t in enumerate(stamps)]
     half[4][3].data = half[4][3].data[:-100]
     broken = inspected(tmp_path / "half", half)
