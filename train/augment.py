@@ -57,10 +57,13 @@ class Augment:
             samples.append(sample)
         return torch.stack(samples).permute(0, 1, 3, 4, 2)
 
-    def draw(self, images: Tensor, path: Path, columns: int = 8) -> None:
-        """A picture to look at: each camera of a sample (C, H, W, 3) as it is, and augmented in the columns beside it."""
+    def drawn(self, images: Tensor, count: int = 8) -> Tensor:
+        """The cameras of a sample (C, H, W, 3) as they are and then augmented, (count, C, H, W, 3): to look at."""
         torch.manual_seed(0)
-        drawn = torch.cat([images[None], self.pictures(images.expand(columns - 1, *images.shape))])  # (N, C, H, W, 3)
-        sheet = np.concatenate([np.concatenate(list(column), 0) for column in drawn.numpy()], 1)
+        return torch.cat([images[None], self.pictures(images.expand(count - 1, *images.shape))])
+
+    def draw(self, images: Tensor, path: Path) -> None:
+        """A picture of that: a row for each camera, a column for each draw."""
+        sheet = np.concatenate([np.concatenate(list(column), 0) for column in self.drawn(images).numpy()], 1)
         encoded = cv2.imencode(".png", cv2.cvtColor(sheet, cv2.COLOR_RGB2BGR))[1]
         write_whole(path, encoded.tobytes())

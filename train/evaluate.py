@@ -27,7 +27,8 @@ from bags import find_bags
 from config import Config, load
 from dataset import Dataset, load_dataset
 from faults import Fault, Stopped, told_plainly
-from measure import METHODS, UNIT, measure, summary
+from figures import UNIT
+from measure import METHODS, measure, summary
 from policy import Policy
 from run_folder import best_checkpoint, validation, whole_checkpoints, write_whole
 

@@ -1,10 +1,10 @@
-"""The look of report.html: the page around its figures, a figure as a chart or a picture, the unit and the colours."""
+"""The look of our pages: the page around its parts, cards, a table, a figure as a chart or a picture, the unit and the colours."""
 
 from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from string import Template
 from typing import Any
@@ -12,6 +12,9 @@ from typing import Any
 import cv2
 import numpy as np
 
+UNIT = "as recorded (joints: rad)"
+GREY, BLACK, BLUE, PALE_BLUE = "#9ca3af", "#111827", "#1d4ed8", "#93c5fd"
+GREEN, ORANGE, RED, PINK = "#16a34a", "#ea580c", "#dc2626", "#be185d"
 STYLE: dict[Any, Any] = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "report"}
 
 PAGE = Template("""<!doctype html>
@@ -42,10 +45,39 @@ th:first-child { text-align: left }
   tr th { grid-column: 1 / -1 } th, td { border: 0; text-align: left; padding: .1rem 0 }
   td::before { content: attr(data-of); display: block; color: #6b7280; font-size: .75rem; font-weight: 400 }
 }
-</style></head><body>
+$style</style></head><body>
 $body
 </body></html>
 """)
+
+
+def section(title: str, text: str, figures: Iterable[str], before: str = "") -> str:
+    """A part of the page: title and text, which are escaped, then what is HTML already: `before`, and a grid of figures."""
+    grid = "".join(figures)
+    grid = f'<div class="figures">{grid}</div>' if grid else ""
+    said = f"<p>{escape(text)}</p>" if text else ""
+    return f"<section><h2>{escape(title)}</h2>{said}{before}{grid}</section>"
+
+
+def cards(shown: Mapping[str, str]) -> str:
+    """The figures that count, large, each above what it is of; both are escaped."""
+    each = "".join(f'<div class="card"><b>{escape(figure)}</b>{escape(text)}</div>' for text, figure in shown.items())
+    return f'<div class="cards">{each}</div>'
+
+
+def table(headings: Mapping[str, str], rows: Iterable[tuple[str, Sequence[str]]]) -> str:
+    """Rows of a name and a cell (HTML) below each heading, which is escaped and stands under its class for the style.
+
+    A narrow window shows each row as a card with the headings beside the cells.
+    """
+    body = ""
+    for name, values in rows:
+        body += f"<tr><th>{name}</th>"
+        for (kind, heading), value in zip(headings.items(), values, strict=True):
+            body += f'<td class="{kind}" data-of="{escape(heading)}">{value}</td>'
+        body += "</tr>"
+    head = "".join(f'<th class="{kind}">{escape(heading)}</th>' for kind, heading in headings.items())
+    return f'<div class="table"><table><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def chart(draw: Callable[[Any], None], caption: str) -> str:
@@ -60,9 +92,10 @@ def chart(draw: Callable[[Any], None], caption: str) -> str:
         draw(axis)
         axis.grid(alpha=0.25)
         labels = axis.get_legend_handles_labels()[1]
-        columns = 3 if max(map(len, labels)) <= 20 else 2
+        columns = 3 if max(map(len, labels), default=0) <= 20 else 2
         drawing.set_size_inches(4.6, 2.8 + 0.17 * -(-len(labels) // columns))
-        drawing.legend(loc="outside upper left", ncols=columns, fontsize=8, frameon=False)  # so that it hides nothing
+        if labels:  # outside, so that it hides nothing
+            drawing.legend(loc="outside upper left", ncols=columns, fontsize=8, frameon=False)
         drawing.savefig(content, format="svg", metadata={"Date": None})
     return _figure("svg+xml", content.getvalue(), caption)
 

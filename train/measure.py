@@ -12,11 +12,11 @@ from torch import Tensor
 from config import Config
 from dataset import Batch, Split
 from faults import Fault
+from figures import UNIT
 from policy import Policy
 
 SAMPLES = 1024  # spread evenly over the ticks
 BATCH = 32
-UNIT = "as recorded (joints: rad)"
 METHODS = {
     "policy": "policy",
     "holding_still": "holding still",

@@ -15,17 +15,17 @@ import numpy as np
 
 from attention import attention, enlarged, overlay
 from dataset import Batch, Split
-from figures import PAGE, chart, picture
-from measure import METHODS, UNIT, Judgement
+from figures import BLACK, BLUE, GREEN, GREY, ORANGE, PAGE, PALE_BLUE, PINK, UNIT, cards, chart, picture, section, table
+from measure import METHODS, Judgement
 
-RECORDED, PREDICTED, BEYOND = "#9ca3af", "#1d4ed8", "#93c5fd"
+RECORDED, PREDICTED, BEYOND = GREY, BLUE, PALE_BLUE
 LINES = {
     "policy": (PREDICTED, "-"),
-    "holding_still": ("#111827", "-"),
-    "last_action": ("#16a34a", ":"),
-    "mean_action": ("#9ca3af", "--"),
-    "camera_blanked": ("#ea580c", "-"),
-    "camera_of_another": ("#be185d", "--"),
+    "holding_still": (BLACK, "-"),
+    "last_action": (GREEN, ":"),
+    "mean_action": (GREY, "--"),
+    "camera_blanked": (ORANGE, "-"),
+    "camera_of_another": (PINK, "--"),
 }
 WORST, LOOKS, CHUNKS = 6, 6, 12  # moments and chunks to show, at most
 
@@ -48,49 +48,39 @@ def page(checkpoint: Path, judged: Judgement, found: dict[str, Any]) -> str:
         f"{found['ticks_ahead']} ticks ahead at {found['fps']:g} Hz. Actions and their errors are in the units of the recordings: "
         "rad for joints.</p>",
         _cards(found),
-        _section("Errors", f"Mean absolute error, {UNIT}. {explained}", _errors_ahead(found), _table(found)),
+        section("Errors", f"Mean absolute error, {UNIT}. {explained}", _errors_ahead(found), _table(found)),
         _episode(judged, "A typical episode", typical),
         _episode(judged, "The worst episode", worst) if worst != typical else "",
         _curves(checkpoint),
         *_worst(judged),
         _looks(judged, typical) if judged.split.frames else "",
     ]
-    return PAGE.substitute(title=escape(title), body="\n".join(body))
-
-
-def _section(title: str, text: str, figures: list[str], table: str = "") -> str:
-    """A part of the page; title and text are escaped."""
-    return f'<section><h2>{escape(title)}</h2><p>{escape(text)}</p>{table}<div class="figures">{"".join(figures)}</div></section>'
+    return PAGE.substitute(title=escape(title), style="", body="\n".join(body))
 
 
 def _cards(found: dict[str, Any]) -> str:
     errors, latency = found["mean_absolute_error"], found["latency_ms"]
-    cards = {
+    shown = {
         f"mean absolute error, {UNIT}": f"{errors['policy']['all']:.4f}",
         "of the error of holding still": f"{found['share_of_holding_still']:.0%}",
     }
     for method, share in found["share_of_error_explained_by_vision"].items():
-        cards[f"of the error with the {METHODS[method]} is explained by vision"] = f"{share:.0%}"
-    cards[
+        shown[f"of the error with the {METHODS[method]} is explained by vision"] = f"{share:.0%}"
+    shown[
         f"from an observation to its chunk, median of {latency['times']}; 95 % within {latency['percentile_95']:.1f} ms "
         f"({latency['device']}, {latency['threads']} threads)"
     ] = f"{latency['median']:.1f} ms"
-    shown = "".join(f'<div class="card"><b>{figure}</b>{escape(text)}</div>' for text, figure in cards.items())
-    return f'<div class="cards">{shown}</div>'
+    return cards(shown)
 
 
 def _table(found: dict[str, Any]) -> str:
     errors = found["mean_absolute_error"]
     rows = {name: [one["by_action"][a] for one in errors.values()] for a, name in enumerate(found["actions"])}
     rows["all"] = [one["all"] for one in errors.values()]
-    head = "".join(f"<th>{METHODS[method]}</th>" for method in errors)
-    body = ""
-    for name, values in rows.items():
-        cells = zip(errors, values, strict=True)
-        body += f"<tr><th>{escape(name)}</th>"
-        body += "".join(f'<td class="{method}" data-of="{METHODS[method]}">{value:.4f}</td>' for method, value in cells)
-        body += "</tr>"
-    return f'<div class="table"><table><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    return table(
+        {method: METHODS[method] for method in errors},
+        ((escape(name), [f"{value:.4f}" for value in values]) for name, values in rows.items()),
+    )
 
 
 def _errors_ahead(found: dict[str, Any]) -> list[str]:
@@ -146,7 +136,7 @@ def _episode(judged: Judgement, title: str, start: int) -> str:
         f"Each chunk of {ahead} ticks is predicted at its dot from what was observed there; it is dark until the next dot, "
         f"{every} ticks later."
     )
-    return _section(f"{title}: {_where(split, start)}", text, figures)
+    return section(f"{title}: {_where(split, start)}", text, figures)
 
 
 def _curves(checkpoint: Path) -> str:
@@ -182,7 +172,7 @@ def _curves(checkpoint: Path) -> str:
         *curve({"kl": "KL"}, "nats", "KL divergence of the style latent from its prior, nats, by step."),
         *curve({"lr": "rate"}, "learning rate, a step", "Learning rate of the transformers, change a step, by step."),
     ]
-    return _section("Training", "" if figures else f"{log.name} is not there, or holds no line.", figures)
+    return section("Training", "" if figures else f"{log.name} is not there, or holds no line.", figures)
 
 
 def _worst(judged: Judgement) -> list[str]:
@@ -215,7 +205,7 @@ def _worst(judged: Judgement) -> list[str]:
             f"{scores[n]:.2f} standard deviations of the training actions, {scores[n] / scores.mean():.1f} times that of all moments; "
             f"furthest off is {name}."
         )
-        sections.append(_section(f"Worst moment {b + 1} of {len(chosen)}", text, [*seen[b], figure]))
+        sections.append(section(f"Worst moment {b + 1} of {len(chosen)}", text, [*seen[b], figure]))
     return sections
 
 
@@ -230,7 +220,7 @@ def _looks(judged: Judgement, start: int) -> str:
         f"{config.model.n_action_steps} ticks that are executed; blurred: blue is little, red the most. What lacks to 100 % is on the state "
         "and the latent. A cell knows of the picture far around it, so this tells less than the errors without the camera."
     )
-    return _section("Where it looks", text, figures)
+    return section("Where it looks", text, figures)
 
 
 def _seen(judged: Judgement, batch: Batch, plain: bool, ticks: np.ndarray | None = None) -> list[list[str]]:
