@@ -216,7 +216,7 @@ def main() -> None:
         if arguments.html:
             from inspect_page import page  # only here
 
-            write_whole(arguments.html, page(all_found, config))
+            write_whole(arguments.html, page(all_found, config, faults))
         last = closing(verdicts, len(faults))
         if arguments.json:
             print(json.dumps({"recordings": trees, "faults": faults, "summary": last}, indent=1, allow_nan=False))
