@@ -147,18 +147,19 @@ def _time(seconds: float) -> str:
     return f"{seconds * 1e3:.0f} ms" if seconds < 1 else f"{seconds:.1f} s"
 
 
-def closing(verdicts: Counter[str], faults: int) -> str:
+def closing(verdicts: Counter[str], faults: int, configured: bool) -> str:
     """How many recordings there are of each verdict, and what to do next."""
-    count = sum(verdicts.values())
-    counted = ", ".join(f"{verdicts[word]} {word}" for word in (GOOD, USABLE, BAD) if verdicts[word])
-    unread = f", {faults} that cannot be told" if faults else ""
+    counts = [f"{verdicts[word]} {word}" for word in (GOOD, USABLE, BAD) if verdicts[word]]
+    counts += [f"{faults} with a fault that keeps it from being looked into"] if faults else []
     if verdicts[BAD] or faults:
         todo = "mend what stands behind `error:`, or move those recordings away"
+    elif not configured:
+        todo = "`--propose` prints a configuration for them"
     elif verdicts[USABLE]:
         todo = "look at what stands behind `warning:`, then `python train/train.py --dry-run`"
     else:
         todo = "`python train/train.py --dry-run` reads them for training"
-    return f"{count} recordings: {counted}{unread}; {todo}"
+    return f"{sum(verdicts.values()) + faults} recordings: {', '.join(counts)}; {todo}"
 
 
 def _bags(arguments: argparse.Namespace) -> tuple[Config | None, list[Bag], list[str]]:
@@ -194,11 +195,11 @@ def main() -> None:
     arguments = parser.parse_intermixed_args()
     with told_plainly():
         config, bags, faults = _bags(arguments)
+        if not bags or (arguments.propose and faults):
+            raise Fault(*faults)
         if arguments.propose:
             from propose import propose  # only here
 
-            if faults:
-                raise Fault(*faults)
             print(propose(bags), end="")
             return
         verdicts: Counter[str] = Counter()
@@ -217,11 +218,11 @@ def main() -> None:
             from inspect_page import page  # only here
 
             write_whole(arguments.html, page(all_found, config, faults))
-        last = closing(verdicts, len(faults))
+        last = closing(verdicts, len(faults), config is not None)
         if arguments.json:
             print(json.dumps({"recordings": trees, "faults": faults, "summary": last}, indent=1, allow_nan=False))
         else:
-            print("\n".join([*(f"error: {fault}" for fault in faults), last]))
+            print("\n".join([*(f"error: {fault}" for fault in faults), *textwrap.wrap(last, COLUMNS)]))
         sys.exit(1 if verdicts[BAD] or faults else 0)
 
 

@@ -199,12 +199,12 @@ def lag(ticks: Ticks, config: Config) -> Lag | None:
         return None
     # the same joints in another order are matched by name, others by place
     order = [ticks.action_names.index(n) for n in names] if set(names) == set(ticks.action_names) else range(len(names))
-    target, reach = ticks.target[:, list(order)], round(LAG_S * fps)
+    target, reach = ticks.target[:, list(order)], min(round(LAG_S * fps), max(ticks.lengths) // 2)
     left, whole = np.zeros(reach + 1), 0.0
     for episode in ticks.episodes():
         state, command = ticks.state[episode].astype(np.float64), target[episode].astype(np.float64)
         compared = len(state) - reach
-        if compared < reach:
+        if compared < reach:  # too short to tell
             continue
         whole += compared * state[reach:].var(axis=0).sum()
         for ticks_late in range(reach + 1):
