@@ -18,6 +18,7 @@ import textwrap
 from collections import Counter
 from collections.abc import Iterator
 from datetime import UTC, datetime
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +195,8 @@ def main() -> None:
     parser.add_argument("--propose", action="store_true", help="print a configuration that fits the recordings")
     arguments = parser.parse_intermixed_args()
     with told_plainly():
+        if arguments.html and not find_spec("matplotlib"):  # before what may take minutes
+            raise Fault("--html: the page takes matplotlib, which is not installed: pip install matplotlib")
         config, bags, faults = _bags(arguments)
         if not bags or (arguments.propose and faults):
             raise Fault(*faults)

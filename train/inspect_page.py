@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from html import escape
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -41,8 +40,6 @@ a { color: #1d4ed8 } .text { text-align: left } small { display: block; color: #
 
 def page(found: Sequence[Found], config: Config | None, faults: Sequence[str] = ()) -> str:
     """The page of some recordings; `faults` are of files that could not be told to be one."""
-    if not find_spec("matplotlib"):
-        raise Fault("--html: the page takes matplotlib, which is not installed: pip install matplotlib")
     drawn = sorted(filter(_holds_anything, found), key=lambda one: WORST_FIRST.index(one.verdict))[:DETAILED]
     places = {id(one): f"recording-{place}" for place, one in enumerate(drawn)}
     title = f"Inspection of {found[0].name if len(found) == 1 else f'{len(found)} recordings'}"

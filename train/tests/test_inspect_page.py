@@ -1,6 +1,7 @@
 """The page of an inspection, in a real browser: what it shows of a whole recording, one with a gap and broken ones."""
 
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -8,10 +9,10 @@ import pytest
 from browser import needs_browser, seen
 from recordings import CAMERA, COMMAND, MS, START, STATE, episode, image, joint_state, picture, write
 
+import inspect_bags
 import inspect_page
 from bags import find_bags
 from config import Config, load
-from faults import Fault
 from inspect_page import page
 from inspect_recording import Curve, _thinned
 from inspection import BAD, GOOD, USABLE, Found, inspect
@@ -143,7 +144,11 @@ def test_a_long_curve_keeps_its_peaks_and_breaks() -> None:
     assert times[gap - 1] <= 400 and times[gap + 1] >= 600
 
 
-def test_without_matplotlib_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inspect_page, "find_spec", lambda _: None)
-    with pytest.raises(Fault, match="pip install matplotlib"):
-        page([], None)
+def test_without_matplotlib_it_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(inspect_bags, "find_spec", lambda _: None)
+    monkeypatch.setattr(sys, "argv", ["inspect_bags.py", "nowhere", "--html", "page.html"])
+    with pytest.raises(SystemExit):
+        inspect_bags.main()
+    assert "pip install matplotlib" in capsys.readouterr().err
