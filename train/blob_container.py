@@ -128,7 +128,7 @@ class Container:
     def _fault(self, error: AzureError) -> Fault:
         url, status, code = self.url, getattr(error, "status_code", None), getattr(error, "error_code", None)
         answer = f"{status} {getattr(code, 'value', None) or code or ''}".strip()
-        reason = answer if status else " ".join(re.sub(r"<[^>]*>:?", "", str(error)).split())[:160]
+        reason = answer if status else " ".join(re.sub(r"<[^>]*>:?|\w+\(host=.*?\):", "", str(error)).split())[:160]
         if self._is_passing(error):
             return Unfinished(f"{url}: network or server failed ({reason}); the same command goes on from here")
         if isinstance(error, self.errors.ClientAuthenticationError) and status is None:

@@ -224,12 +224,12 @@ def test_what_was_replaced_or_removed(tmp_path: Path, blobs: Blobs, capfd: pytes
     def replace(name: str) -> None:
         if blobs.emulator.served[name] > 300_000:
             blobs.emulator.before = lambda name: None
-            blobs.put("a.mcap", noise(500_000, 3))
+            blobs.put("a.mcap", noise(600_000, 3))
 
     blobs.put("a.mcap", noise(600_000, 2))
     blobs.emulator.reset()
     blobs.emulator.before = replace
-    assert there(local_folder(blobs.url, tmp_path))["a.mcap"] == noise(500_000, 3), "replaced while it was fetched"
+    assert there(local_folder(blobs.url, tmp_path))["a.mcap"] == noise(600_000, 3), "replaced while it was fetched"
 
 
 def test_one_recording_and_the_whole_container(tmp_path: Path, blobs: Blobs) -> None:
