@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import os
 import shutil
-import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
@@ -23,12 +22,8 @@ from rosbags import rosbag1, rosbag2
 from rosbags.interfaces import Connection, MessageDefinitionFormat
 from rosbags.typesys import Stores, get_types_from_idl, get_types_from_msg, get_typestore
 
-from faults import Fault
-
-if sys.version_info >= (3, 14):
-    from compression import zstd
-else:
-    from backports import zstd
+from chunks import ZSTD_MAGIC, zstd
+from faults import Fault, NoRoom
 
 STORAGES = (".mcap", ".db3", ".bag")
 UNREADABLE = {
@@ -36,7 +31,6 @@ UNREADABLE = {
     ".zst": "unpack it first: `zstd -d`",
 }
 REMEDIES = {".mcap": "`mcap recover`", ".db3": "`sqlite3 ... .recover`", ".bag": "`rosbag reindex`"}
-ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 
 
 class Bag(NamedTuple):
@@ -190,23 +184,22 @@ def read_messages(bag: Bag, topics: Collection[str]) -> Iterator[Message]:
 
 @contextmanager
 def open_storage(file: Path) -> Iterator[Storage]:
-    """A storage file with the messages of all its topics, those of unknown types too. Raises Fault, as reading does."""
+    """A storage file with the messages of all its topics, those of unknown types too. Raises Fault, as reading does.
+
+    A message may still be packed, see `plain`.
+    """
 
     def decoder(connection: Connection) -> Callable[[Connection, bytes, str], Any]:
         msgtype, decode = _decoders(file, [connection], ros1=file.suffix == ".bag")[connection.id]
         return lambda _, raw, place: _decoded(decode, raw, place, msgtype)
 
-    def unpacked(messages: Any) -> Iterator[tuple[Connection, int, bytes]]:
-        for connection, receive_ns, raw in messages:
-            yield connection, receive_ns, zstd.decompress(raw) if raw[:4] == ZSTD_MAGIC else raw
-
     with _opened(file) as reader:
-        yield Storage(list(reader.connections), _guarded(unpacked(reader.messages()), file), decoder)
+        yield Storage(list(reader.connections), _guarded(reader.messages(), file), decoder)
 
 
 @contextmanager
 def _opened(file: Path) -> Iterator[rosbag1.Reader | rosbag2.Reader]:
-    """A storage file, opened; a .zstd one is unpacked to the temporary folder for as long as it is read."""
+    """A storage file, opened."""
     wal = file.with_name(file.name + "-wal")
     if wal.exists() and wal.stat().st_size:
         raise Fault(
@@ -218,19 +211,7 @@ def _opened(file: Path) -> Iterator[rosbag1.Reader | rosbag2.Reader]:
             raise Fault(f"{file}: is empty (0 bytes); copy it again or remove it")
     except OSError as error:
         raise Fault(f"{file}: cannot be read ({error.strerror}); copy it again or remove it") from None
-    with tempfile.TemporaryDirectory(prefix="rosbag-") as folder:
-        plain = file
-        if file.suffix == ".zstd":
-            plain = Path(folder, file.stem)
-            try:
-                with zstd.open(file, "rb") as packed, plain.open("wb") as unpacked:
-                    shutil.copyfileobj(packed, unpacked, 1 << 20)
-            except (zstd.ZstdError, EOFError) as error:
-                raise Fault(f"{file}: cannot be unpacked ({_brief(error)}); it is cut short: copy it again") from None
-            except OSError as error:
-                raise Fault(
-                    f"{file}: cannot be unpacked to {folder} ({error.strerror}); free some, or set TMPDIR"
-                ) from None
+    with unpacked(file) as plain:
         try:
             reader = rosbag1.Reader(plain) if plain.suffix == ".bag" else rosbag2.Reader(plain)
             reader.open()
@@ -240,15 +221,43 @@ def _opened(file: Path) -> Iterator[rosbag1.Reader | rosbag2.Reader]:
                 f"{file}: cannot be opened ({_brief(error)}); copy it again, try {remedy}, or remove it"
             ) from None
         try:
+            if odd := [c for c in reader.connections if not (isinstance(c.topic, str) and isinstance(c.msgtype, str))]:
+                raise Fault(
+                    f"{file}: has a topic named {odd[0].topic!r} of type {odd[0].msgtype!r}; expected two names: the file is "
+                    "damaged: copy it again, or leave it out"
+                )
             yield reader
         finally:
             reader.close()
 
 
+@contextmanager
+def unpacked(file: Path) -> Iterator[Path]:
+    """The file itself, or what is in a .zstd file, in the temporary folder for as long as it is read. Raises Fault."""
+    if file.suffix != ".zstd":
+        yield file
+        return
+    with tempfile.TemporaryDirectory(prefix="rosbag-") as folder:
+        plain = Path(folder, file.stem)
+        try:
+            with zstd.open(file, "rb") as packed, plain.open("wb") as content:
+                shutil.copyfileobj(packed, content, 1 << 20)
+        except (zstd.ZstdError, EOFError) as error:
+            raise Fault(f"{file}: cannot be unpacked ({_brief(error)}); it is cut short: copy it again") from None
+        except OSError as error:
+            raise NoRoom(
+                f"{file}: cannot be unpacked to {folder} ({error.strerror}); free some, or set TMPDIR"
+            ) from None
+        yield plain
+
+
 def _guarded(messages: Any, file: Path) -> Iterator[tuple[Connection, int, bytes]]:
     """The reader's messages, with its errors turned into faults."""
     try:
-        yield from messages
+        for connection, receive_ns, raw in messages:
+            if not isinstance(receive_ns, int) or not isinstance(raw, bytes):
+                raise ValueError(f"a message of {connection.topic} that is a {type(raw).__name__} at {receive_ns!r}")
+            yield connection, receive_ns, raw
     except Exception as error:
         raise Fault(f"{file}: cannot be read to its end ({_brief(error)}); copy it again or remove it") from None
 
@@ -276,12 +285,22 @@ def _decoders(file: Path, connections: list[Connection], ros1: bool) -> dict[int
             ) from None
 
     def decode(msgtype: str, raw: bytes) -> Any:
-        if raw[:4] == ZSTD_MAGIC:  # compression mode MESSAGE; no CDR or ROS 1 message of ours begins so
-            raw = zstd.decompress(raw)
-        return (store.deserialize_ros1 if ros1 else store.deserialize_cdr)(raw, msgtype)
+        return (store.deserialize_ros1 if ros1 else store.deserialize_cdr)(_plain(raw), msgtype)
 
     types = {connection.id: full_name(connection.msgtype) for connection in connections}
     return {number: (msgtype, functools.partial(decode, msgtype)) for number, msgtype in types.items()}
+
+
+def plain(raw: bytes, place: str) -> bytes:
+    """A message as it was sent. Raises Fault where it was packed alone (compression mode MESSAGE), and does not unpack."""
+    try:
+        return _plain(raw)
+    except zstd.ZstdError as error:
+        raise Fault(f"{place}: does not unpack ({_brief(error)}); the file is damaged: copy it again") from None
+
+
+def _plain(raw: bytes) -> bytes:
+    return zstd.decompress(raw) if raw[:4] == ZSTD_MAGIC else raw  # no CDR or ROS 1 message of ours begins so
 
 
 def _decoded(decode: Callable[[bytes], Any], raw: bytes, place: str, msgtype: str) -> Any:

@@ -180,7 +180,8 @@ def _optimized(state: TrainingState) -> list[tuple[str, nn.Parameter]]:
 def settings_to_keep(config: Config, dataset: Dataset, processes: int) -> dict[str, Any]:
     """What must be the same for a run to go on: flat, by dotted key."""
     tree = to_dict(config)
-    data = {f"data.{key}": value for key, value in tree["data"].items() if key not in ("bag_dir", "cache_dir")}
+    elsewhere = ("bag_dir", "cache_dir", "on_bad_bag")
+    data = {f"data.{key}": value for key, value in tree["data"].items() if key not in elsewhere}
     model = {f"model.{key}": value for key, value in tree["model"].items()}
     training = {
         "training.batch_size times the processes": config.training.batch_size * processes,

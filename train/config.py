@@ -88,6 +88,9 @@ class Data:
         "split; by default 2.5 periods (one lost message is bridged), at least one tick",
         above=0,
     )
+    on_bad_bag: Literal["fail", "skip"] = setting(
+        "fail", "`fail` at a recording with a fault, or `skip` it: it is listed, and the exit code is 3"
+    )
 
     @property
     def commands(self) -> tuple[Signal, ...]:

@@ -31,18 +31,25 @@ from bags import Bag, find_bags
 from blob import local_folder
 from config import Config, Data, to_dict
 from episodes import Recording, read_frames, read_recording
-from faults import Fault
+from faults import Fault, NoRoom
+from integrity import check
 from normalize import Moments, Normalizer, imagenet, moments
 from ranks import Ranks
 
 PREFETCH = 4  # batches that are ready before they are asked for
+# a change of how bags are read is a new cache
 SOURCES = (
     "bags.py",
-    "layout.py",
-    "signals.py",
+    "chunks.py",
     "episodes.py",
     "images.py",
-)  # a change of how bags are read is a new cache
+    "integrity.py",
+    "layout.py",
+    "plausibility.py",
+    "signals.py",
+    "walk_bag.py",
+    "walk_mcap.py",
+)
 
 
 class Batch(NamedTuple):
@@ -129,6 +136,8 @@ class Dataset(NamedTuple):
     picture_sizes: dict[str, list[tuple[int, int]]]  # camera: each height, width in the recordings that are trained on
     recordings: dict[str, dict[str, str]]  # name: file: SHA-256
     notes: dict[str, list[str]]  # name: what there is to say of it
+    warnings: dict[str, list[str]]  # name: what to look at before training
+    left_out: list[tuple[str, ...]]  # the faults of each recording that data.on_bad_bag skipped
     cache_bytes: int
 
     def normalizer(self) -> Normalizer:
@@ -136,24 +145,35 @@ class Dataset(NamedTuple):
         cameras: dict[str, Moments] = {camera: imagenet() for camera in self.train.frames}
         return Normalizer(moments(self.train.state), moments(self.train.action), cameras)
 
+    def left_out_in_words(self) -> list[str]:
+        """The recordings that were skipped, counted, and their faults, a line each."""
+        if not self.left_out:
+            return []
+        count = f"left out by data.on_bad_bag=skip: {len(self.left_out)} recordings with faults"
+        return [count, *(f"left out: {line}" for faults in self.left_out for line in faults)]
+
 
 def load_dataset(config: Config, held_out: Collection[str] | None = None) -> Dataset:
     """Every recording of the configuration, cached; held_out names those to validate on, by default a share of them.
 
-    Raises Fault with the faults of all of them.
+    Raises Fault with the faults of all of them, or with data.on_bad_bag skips those that have one.
     """
     data = config.data
-    bags, faults = find_bags(local_folder(data.bag_dir, data.cache_dir))
+    bags, unknown = find_bags(local_folder(data.bag_dir, data.cache_dir))
     code = hashlib.sha256(b"".join(Path(__file__).with_name(source).read_bytes() for source in SOURCES)).hexdigest()
     folders = {bag.name: _cache_folder(bag, data, code) for bag in bags}
     missing = [bag for bag in bags if not folders[bag.name].exists()]
+    left_out: list[tuple[str, ...]] = [(fault,) for fault in unknown]
     for bag in tqdm(missing, desc="reading bags", unit="bag", disable=not missing):
         try:
             _cache_recording(bag, data, folders[bag.name])
+        except NoRoom:
+            raise
         except Fault as fault:
-            faults += fault.args
-    if faults:
-        raise Fault(*faults)
+            left_out.append(fault.args)
+            del folders[bag.name]
+    if left_out and (data.on_bad_bag == "fail" or not folders):
+        raise Fault(*(line for faults in left_out for line in faults))
     cached = {name: _load(folder, data) for name, folder in folders.items()}
     for key in ("state_names", "action_names"):
         found = {tuple(one.meta[key]): name for name, one in reversed(cached.items())}
@@ -180,6 +200,8 @@ def load_dataset(config: Config, held_out: Collection[str] | None = None) -> Dat
         },
         recordings={name: one.meta["files"] for name, one in cached.items()},
         notes={name: one.meta["notes"] for name, one in cached.items()},
+        warnings={name: one.meta["warnings"] for name, one in cached.items()},
+        left_out=left_out,
         cache_bytes=sum(file.stat().st_size for folder in folders.values() for file in folder.iterdir()),
     )
 
@@ -229,9 +251,8 @@ def _load(folder: Path, data: Data) -> Cached:
 
 def _cache_folder(bag: Bag, data: Data, code: str) -> Path:
     """Where the recording is cached, named by all that its content depends on."""
-    slice_ = {
-        key: value for key, value in to_dict(data).items() if key not in ("bag_dir", "cache_dir", "validation_fraction")
-    }
+    elsewhere = ("bag_dir", "cache_dir", "validation_fraction", "on_bad_bag")
+    slice_ = {key: value for key, value in to_dict(data).items() if key not in elsewhere}
     stats = [(file.resolve(), file.stat()) for file in bag.files if file.exists()]
     files = [(str(file), stat.st_size, stat.st_mtime_ns) for file, stat in stats]
     key = hashlib.sha256(json.dumps([slice_, files, bag.declared, code], sort_keys=True).encode()).hexdigest()
@@ -242,7 +263,10 @@ def _cache_recording(bag: Bag, data: Data, folder: Path) -> None:
     """Read a recording and decode the pictures its ticks need, under a temporary name until it is whole."""
     with ThreadPoolExecutor(1) as beside:  # the interpreter is not needed to hash
         hashes = beside.submit(lambda: {file.name: _sha256(file) for file in bag.files})
+        damage = beside.submit(lambda: [fault for file in bag.files for fault in check(file).faults])
         recording = read_recording(bag, data)
+    if damage.result():
+        raise Fault(*damage.result())
     try:
         data.cache_dir.mkdir(parents=True, exist_ok=True)
         building = Path(tempfile.mkdtemp(prefix=".building-", dir=data.cache_dir))
@@ -259,7 +283,7 @@ def _cache_recording(bag: Bag, data: Data, folder: Path) -> None:
     except OSError as error:
         height, width = data.image_size
         ticks = sum(len(episode.state) for episode in recording.episodes)
-        raise Fault(
+        raise NoRoom(
             f"{data.cache_dir}: cannot hold the cache of {bag.name} ({error.strerror}); it needs up to "
             f"{ticks * len(data.cameras) * height * width * 3 / 1e6:.0f} MB; free some, or set data.cache_dir"
         ) from None
@@ -288,6 +312,7 @@ def _write_recording(bag: Bag, recording: Recording, hashes: dict[str, str], dat
     meta = {
         "episodes": [len(episode.state) for episode in recording.episodes],
         "notes": recording.notes,
+        "warnings": recording.warnings,
         "state_names": recording.state_names,
         "action_names": recording.action_names,
         "picture_sizes": {camera: sizes[topic] for camera, topic in data.cameras.items()},

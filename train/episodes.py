@@ -17,6 +17,7 @@ from bags import Bag, Message, read_messages
 from config import Data, Signal
 from faults import Fault
 from images import at_size
+from plausibility import jumps
 from signals import Series, read_series
 
 WORTH_SAYING_NS = 500_000_000
@@ -39,6 +40,7 @@ class Recording(NamedTuple):
     state_names: tuple[str, ...]
     action_names: tuple[str, ...]
     notes: list[str]  # clocks, splits and what was dropped, in words
+    warnings: list[str]  # what the messages show, and the ticks no longer do
 
 
 def read_recording(bag: Bag, data: Data) -> Recording:
@@ -49,6 +51,14 @@ def read_recording(bag: Bag, data: Data) -> Recording:
 def cut(name: str, series: dict[str, Series], data: Data) -> Recording:
     """The episodes of a bag's topics. Raises Fault where there is none."""
     commands = data.commands
+    found = [jumps(series[signal.topic], signal) for signal in data.state]
+    if spikes := [spike for some, _ in found for spike in some]:
+        advice = "and back; no arm can: its driver or the file is at fault: cut the recording, or leave it out"
+        raise Fault(*(f"{name}: {spike} {advice}" for spike in spikes))
+    advice = (
+        "and stays; no arm can: was it reset, or is it a turn of 2 pi? Cut the recording there, or unwrap the joint"
+    )
+    warnings = [f"{step} {advice}" for _, some in found for step in some]
     ticks = _grid(name, series, data.fps)
     newest, fresh, notes = _newest(series, ticks, data)
     notes += _left_out(series)
@@ -91,7 +101,7 @@ def cut(name: str, series: dict[str, Series], data: Data) -> Recording:
             f"{name}: holds no episode of at least two ticks at {data.fps:g} Hz ({len(ticks)} in the time that all topics "
             f"share{''.join('; ' + note for note in notes)}); leave it out, or allow older messages by data.max_age_ms"
         )
-    return Recording(episodes, state_names, action_names, notes)
+    return Recording(episodes, state_names, action_names, notes, warnings)
 
 
 def _grid(name: str, series: dict[str, Series], fps: float) -> np.ndarray:

@@ -184,6 +184,8 @@ def main() -> None:
                 raise Fault(f"{run}: is a run; give one of its checkpoints, such as {folder}, or --all to compare them")
         config = load(run / "config.yaml")
         dataset = _recordings(Policy.load(folder / "pretrained_model"), config, arguments.bags)
+        for line in dataset.left_out_in_words():
+            print(line)
         place = f"-{arguments.bags.resolve().name}" if arguments.bags else ""
         if arguments.all:
             figures, text = compare(run, config, dataset, device)

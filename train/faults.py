@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+LEFT_OUT = 3  # all is done, but without some recordings that have faults
 AGAIN = 75  # EX_TEMPFAIL of sysexits.h: nothing to mend, the same command goes on
 # a SAS signature, an account's key, the password of a URL: a fault repeats what was given, but not these
 SECRETS = re.compile(r"(?i)(?<=\bsig=)[^&;\s'\"]+|(?<=\bAccountKey=)[^;\s'\"]+|(?<=://)[^/@\s]+(?=@)")
@@ -23,6 +24,10 @@ class Fault(Exception):
 
     def __str__(self) -> str:
         return "\n".join(str(line) for line in self.args)
+
+
+class NoRoom(Fault):
+    """A disk that is full: no fault of the recording that was to be read."""
 
 
 class Stopped(Exception):

@@ -44,8 +44,11 @@ def table(found: Found, config: Config | None) -> str:
     """All of a recording, 100 columns wide."""
     files = f"{len(found.files)} files" if len(found.files) > 1 else next(iter(found.files)).rsplit("/", 1)[-1]
     began = datetime.fromtimestamp(found.start_ns // SECOND, UTC).strftime("; %Y-%m-%d %H:%M:%S UTC")
-    sums = f"; checksums: {found.checksums}" if found.checksums else ""
-    lines = [found.name, f"  {files}; {sum(found.files.values()) / 1e6:.1f} MB; {found.seconds:.1f} s{began}{sums}"]
+    size = sum(found.files.values()) / 1e6
+    lines = [
+        found.name,
+        *_wrapped(f"{files}; {size:.1f} MB; {found.seconds:.1f} s{began}; checksums: {found.checksums}"),
+    ]
     spoken = [topic for topic in found.topics.values() if topic.read or topic.stored or topic.declared]
     if spoken:
         lines += _columns([*HEAD, *map(_row, spoken)])

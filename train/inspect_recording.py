@@ -69,8 +69,7 @@ def _facts(one: Found, config: Config | None) -> Iterator[str]:
     began = datetime.fromtimestamp(one.start_ns // SECOND, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
     size, count = sum(one.files.values()) / 1e6, len(one.files)
     yield f"{one.seconds:.2f} s from {began}; {size:.2f} MB in {count} file{'s' * (count != 1)}"
-    if one.checksums:
-        yield f"checksums in its storage: {one.checksums}"
+    yield f"checksums in its storage: {one.checksums}"
     if one.overlap_s:
         yield f"all topics together from {_at(one.overlap_s[0])} to {_at(one.overlap_s[1])}"
     spreads = {f"picture of {camera}": spread for camera, spread in one.state_minus_image_ms.items()}

@@ -6,11 +6,11 @@ as training would. inspect_bags.py prints what it finds, inspect_page.py draws i
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from bags import Bag, Storage, full_name, open_storage
 from config import Config
 from episodes import Recording, cut
 from faults import Fault
+from integrity import check
 from plausibility import Lag
 from signals import Series, read_series
 from topics import SECOND, Decode, Measure, Pictures, Spread, Topic
@@ -41,7 +42,7 @@ class Found:
     start_ns: int  # the first message's receive stamp, since 1970
     seconds: float
     topics: dict[str, Topic]
-    checksums: str | None = None  # that its storage carries, in words: "chunk CRCs", "none"
+    checksums: str  # that its storage carries, in words
     # the rest needs a configuration
     overlap_s: tuple[float, float] | None = None  # begin and end of the time that all its topics share
     state_minus_image_ms: dict[str, Spread] = field(default_factory=dict)  # by camera: of the messages a tick takes
@@ -91,7 +92,7 @@ def inspect(bag: Bag, config: Config | None = None, pictures: bool = False) -> F
     def complain(topic: str, lines: tuple[Any, ...] | list[str]) -> None:
         (faults if asked is None or topic in asked else warnings).extend(map(str, lines))
 
-    whole = _measure(bag, measures, pictures, cameras, faults, complain)
+    read = _measure(bag, measures, pictures, cameras, faults, complain)
     receive = [measure.receive for measure in measures.values() if measure.receive]
     start_ns = min((min(stamps) for stamps in receive), default=0)
     end_ns = max((max(stamps) for stamps in receive), default=0)
@@ -103,14 +104,15 @@ def inspect(bag: Bag, config: Config | None = None, pictures: bool = False) -> F
             complain(name, fault.args)
             measure.pictures.end = None  # the last picture does not decode
             topics[name] = measure.topic(start_ns)
-        if whole:
+        if len(read) == len(bag.files):
             complain(name, _miscounted(bag, topics[name]))
     if not receive and not faults:
         faults.append(f"{bag.name}: holds no message; record it again or leave it out")
     files = {str(file): file.stat().st_size if file.exists() else 0 for file in bag.files}
-    checksums, damage = _integrity(bag)
+    checked = [check(file) for file in read]
+    checksums = "; ".join(dict.fromkeys(one.carries for one in checked)) or "unknown"
     found = Found(bag.name, files, start_ns, (end_ns - start_ns) / SECOND, topics, checksums)
-    found.warnings, found.faults = warnings, faults + damage
+    found.warnings, found.faults = warnings, faults + [fault for one in checked for fault in one.faults]
     if config:
         _as_training_would(bag, config, found)
     found.warnings += _topics(found, config)
@@ -121,9 +123,11 @@ def inspect(bag: Bag, config: Config | None = None, pictures: bool = False) -> F
 
 def _measure(
     bag: Bag, measures: dict[str, Measure], pictures: bool, cameras: set[str], faults: list[str], complain: Any
-) -> bool:
-    """Let every message of a bag go by its topic's measure; whether all files could be read to their ends."""
-    whole, broken, start_ns = True, set(), 0
+) -> list[Path]:
+    """Let every message of a bag go by its topic's measure; the files that could be read to their ends."""
+    read: list[Path] = []
+    broken: set[str] = set()
+    start_ns = 0
     for file in bag.files:
         try:
             with open_storage(file) as storage:
@@ -147,10 +151,10 @@ def _measure(
                         if topic not in broken:
                             complain(topic, fault.args)
                         broken.add(topic)
+            read.append(file)
         except Fault as fault:
-            whole = False
             faults += fault.args
-    return whole
+    return read
 
 
 def _decode(storage: Storage, connection: Connection, measure: Measure) -> Decode | None:
@@ -174,14 +178,6 @@ def _miscounted(bag: Bag, topic: Topic) -> list[str]:
             "right, `ros2 bag reindex` the folder"
         ]
     return []
-
-
-def _integrity(bag: Bag) -> tuple[str | None, list[str]]:
-    """(the checksums in a bag's storage, in words; the faults that its structure shows)."""
-    if importlib.util.find_spec("integrity") is None:
-        return None, []
-    checked = [importlib.import_module("integrity").check(file) for file in bag.files]
-    return "; ".join(dict.fromkeys(one.carries for one in checked)), [line for one in checked for line in one.faults]
 
 
 def _as_training_would(bag: Bag, config: Config, found: Found) -> None:
@@ -212,7 +208,7 @@ def _as_training_would(bag: Bag, config: Config, found: Found) -> None:
     ticks = plausibility.of_recording(found.recording, config)
     found.lag = plausibility.lag(ticks, config)
     found.idle_s = plausibility.idle(ticks, data.fps)
-    found.warnings += plausibility.warnings(ticks, config)
+    found.warnings += [*found.recording.warnings, *plausibility.warnings(ticks, config)]
 
 
 def _topics(found: Found, config: Config | None) -> Iterator[str]:

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from config import Config
+from config import Config, Signal
 
-if TYPE_CHECKING:  # the one needs torch, the other OpenCV
+if TYPE_CHECKING:  # they need torch, OpenCV and rosbags
     from dataset import Dataset
     from episodes import Recording
+    from signals import Series
 
 STILL = 1e-4  # units: a joint that moves less over a whole recording never moved
 BEGINS_TO_MOVE = 0.03  # of a joint's range; at least 1e-3 units, or noise would count
@@ -23,7 +24,10 @@ LAG_S = 1.0  # the longest lag looked for
 EXPLAINED = 0.7  # of the motion, by the command at the lag found; below that there is no lag to speak of
 LATE_TICKS, LATE_S = 5, 0.15
 COPIED = 0.1  # of a joint's standard deviation: so near does copying the state come, over a whole chunk
-TWO_TURNS = 4 * np.pi
+TWO_TURNS = 4 * np.pi  # rad: what goes farther is not in rad
+NO_ARM = 30.0  # rad/s: the fastest axes of industrial robots turn at 20
+SPIKE = 3  # messages, at most
+SWITCH = 16  # a joint of at most so many positions is one, such as a gripper that is open or closed
 
 
 class Ticks(NamedTuple):
@@ -80,7 +84,7 @@ def of_dataset(dataset: Dataset, config: Config) -> list[str]:
                 dataset.state_names,
                 dataset.action_names,
             )
-            found += [f"{name}: {warning}" for warning in warnings(ticks, config)]
+            found += [f"{name}: {warning}" for warning in (*dataset.warnings[name], *warnings(ticks, config))]
     return found
 
 
@@ -159,6 +163,39 @@ def _cameras(ticks: Ticks, config: Config) -> Iterator[str]:
                 f"camera {camera} gives {share * fps:.3g} new pictures a second at data.fps = {fps:g}: the policy would see most "
                 f"of them again; set data.fps to about {share * fps:.0f}, or record faster"
             )
+
+
+def jumps(series: Series, signal: Signal) -> tuple[list[str], list[str]]:
+    """Where joints of a signal go faster than any arm can, in words: those that come back at once, and those that do not.
+
+    What comes back was never there: a flipped bit, a driver's slip. What stays may be a turn of 2 pi, or an arm that was reset.
+    Positions in rad alone are looked at: other numbers may jump, and where a joint is usually beyond two turns they are degrees.
+    """
+    rows, names = series.values[signal], series.names[signal]
+    spikes: list[str] = []
+    steps: list[str] = []
+    if signal.field not in ("", "position") or len(rows) < 3 or np.median(np.abs(rows), axis=0).max() > TWO_TURNS:
+        return spikes, steps
+    elapsed = np.diff(series.stamps)
+    # a busy machine delivers in bunches what was measured a period apart
+    seconds = np.maximum(elapsed, max(1.0, float(np.median(elapsed)))) / 1e9
+    for column, name in zip(rows.T, names, strict=True):
+        of_a_joint = bool(signal.joints) or name.startswith(f"{signal.topic}.position[")
+        if not of_a_joint or len(np.unique(column)) <= SWITCH:
+            continue
+        with np.errstate(over="ignore", invalid="ignore"):  # of damaged numbers
+            size = np.abs(np.diff(column))
+            at = np.flatnonzero(size > NO_ARM * seconds)
+            after = [column[np.minimum(at + ahead, len(column) - 1)] for ahead in range(2, 2 + SPIKE)]
+            back = np.any([np.abs(later - column[at]) < size[at] / 2 for later in after], axis=0)
+        for which, found in ((at[back], spikes), (at[~back & ~np.isin(at - 1, at[back])], steps)):
+            if len(which):
+                i = int(which[0])
+                found.append(
+                    f"{signal.topic}: {name} goes from {column[i]:.4g} to {column[i + 1]:.4g} within {seconds[i] * 1e3:.1f} ms, at "
+                    f"message {i + 1}, t+{(series.stamps[i + 1] - series.stamps[0]) / 1e9:.3f} s (one of {len(which)} such jumps)"
+                )
+    return spikes, steps
 
 
 def idle(ticks: Ticks, fps: float) -> tuple[float, float]:

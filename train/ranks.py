@@ -96,6 +96,13 @@ class Ranks(NamedTuple):
         if differ:
             raise Fault(*differ)
 
+    def end_with(self, code: int) -> None:
+        """End a script that has done its work, but with something to say by its exit code."""
+        if self.world == 1:
+            sys.exit(code)
+        if self.first:
+            _tell(code)
+
     def gradients(self, device: torch.device) -> Any:
         """The group that averages gradients on this device."""
         return dist.new_group(timeout=STARTING, backend="nccl" if device.type == "cuda" else "gloo")
@@ -120,13 +127,19 @@ def together() -> Iterator[Ranks]:
         raise
     except BaseException as error:
         first, code, reason = _first_reason(store, rank, error)
-        if code == 1 and (path := os.environ.get("FAULT_FILE")):
-            Path(path).touch()  # torchrun ends with 1 whatever its processes ended with: so who started it can tell
+        if code == 1:
+            _tell(code)
         if first == rank and code == 1:
             raise
         print(f"error: process {rank} of {world} ends: {reason}", file=sys.stderr, flush=True)
         os._exit(code)  # an orderly end could wait for ever for the process that is gone
     dist.destroy_process_group()
+
+
+def _tell(code: int) -> None:
+    """Leave the exit code to who started torchrun, which takes any but 0 for a failure, and then ends with 1."""
+    if path := os.environ.get("EXIT_CODE_FILE"):
+        Path(path).write_text(str(code))
 
 
 def _first_reason(store: dist.Store, rank: int, error: BaseException) -> tuple[int, int, str]:

@@ -75,12 +75,16 @@ def read_series(bag: Bag, signals: Collection[Signal], cameras: Collection[str])
 def choose_clock(receive: np.ndarray, header: np.ndarray) -> tuple[np.ndarray, str]:
     """Header stamps where all of them can be trusted, else receive stamps and why."""
     if not header.all():
-        return receive, f"receive ({'some header stamps are zero' if header.any() else 'no header stamp'})"
+        some = f"{(header == 0).sum()} header stamps are zero, the first at message {int(np.argmax(header == 0))}"
+        return receive, f"receive ({some if header.any() else 'no header stamp'})"
     if np.any(np.diff(header) < 0):
-        return receive, "receive (header stamps run backwards)"
-    skew = int(np.abs(header - receive).max())
-    if skew >= MAX_SKEW_NS:
-        return receive, f"receive (header stamps are up to {skew / 1e9:.2f} s off)"
+        return receive, f"receive (header stamps run backwards at message {int(np.argmax(np.diff(header) < 0)) + 1})"
+    skew = np.abs(header - receive)
+    if skew.max() >= MAX_SKEW_NS:
+        return (
+            receive,
+            f"receive (header stamps are up to {skew.max() / 1e9:.2f} s off, at message {int(skew.argmax())})",
+        )
     return header, "header"
 
 

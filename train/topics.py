@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 from rosbags.interfaces import Connection
 
-from bags import full_name
+from bags import full_name, plain
 from faults import Fault
 from images import CHANNELS, DEPTH, JPEG_BEGIN, JPEG_END, resize, to_rgb
 from signals import IMAGES, JOINT_STATE, choose_clock
@@ -125,6 +125,7 @@ class Measure:
         msgtype = full_name(connection.msgtype)
         self.receive.append(receive_ns)
         self.header.append(0)
+        raw = plain(raw, place)
         stamp = self.header[-1] = decode.stamp(raw, place) if decode else 0
         if msgtype == JOINT_STATE and decode:
             self.joints.add(decode(raw, place), stamp or receive_ns)

@@ -5,7 +5,8 @@
     python train/train.py --dry-run                         # reads and caches every bag, reports, does not train
     torchrun --standalone --nproc_per_node 8 train/train.py # a process for each GPU
 
-It ends with 0 when the policy is trained, 1 when there is something to mend, 75 when the same command goes on.
+It ends with 0 when the policy is trained, 3 when it is, but without recordings that have faults (data.on_bad_bag=skip), 1
+when there is something to mend, 75 when the same command goes on.
 
 Zhao et al. 2023, "Learning Fine-Grained Bimanual Manipulation with Low-Cost Hardware", arXiv:2304.13705.
 """
@@ -37,7 +38,7 @@ from checkpoint import FIGURES, TrainingState
 from config import Config, Training, dump, load, to_dict
 from dataset import Batch, Dataset, batches, load_dataset
 from evaluate import judge_at_the_end
-from faults import Fault, Stopped, told_plainly
+from faults import LEFT_OUT, Fault, Stopped, told_plainly
 from log import Log
 from normalize import Normalizer
 from ranks import Ranks, together
@@ -281,6 +282,7 @@ def report(config: Config, dataset: Dataset) -> str:
     """What was found, in words: episodes, shapes, samples, sizes, and what is to be looked at."""
     data, batch_size, chunk = config.data, config.training.batch_size, config.model.chunk_size
     lines = [f"{name}: {note}" for name, notes in dataset.notes.items() for note in notes]
+    lines += dataset.left_out_in_words()
     for word, split in (("training", dataset.train), ("held out", dataset.validation)):
         lines.append(
             f"{word}: {len(split.names)} recordings, {len(split.lengths)} episodes, {len(split.state)} samples, "
@@ -344,6 +346,8 @@ def main() -> None:
             if ranks.first:
                 print(f"policy: {last / 'pretrained_model'}", flush=True)
                 judge_at_the_end(last, config, dataset, _device(config.training.device, ranks))
+    if dataset.left_out:
+        ranks.end_with(LEFT_OUT)
 
 
 if __name__ == "__main__":

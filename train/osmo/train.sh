@@ -3,7 +3,7 @@
 #
 #   bash train.sh "key=value ..."       with the environment that osmo-workflow.yaml sets
 #
-# Ends as train.py does: 0 trained, 1 something to mend, 75 to be run again. No two braces, nor one before # or %, in this
+# Ends as train.py does: 0 trained, 3 trained without bad recordings, 1 something to mend, 75 to be run again. No two braces, nor one before # or %, in this
 # file: the server renders it as a template.
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -65,14 +65,18 @@ else
   if [ "$NODES" -gt 1 ]; then
     place=(--nnodes "$NODES" --node_rank "$NODE" --master_addr "$LEAD" --master_port "${PORT:-29500}")
   fi
-  FAULT_FILE=$(mktemp -u)
-  export FAULT_FILE
+  EXIT_CODE_FILE=$(mktemp)
+  export EXIT_CODE_FILE
   torchrun "${place[@]}" --nproc_per_node "$processes" train.py --config osmo-config.yaml "${settings[@]}" || status=$?
-  # torchrun ends with 1, whatever its processes ended with: stopped, or killed, or robbed of another node, they run again
-  if [ "$status" != 0 ] && ! [ -f "$FAULT_FILE" ]; then status=75; fi
+  # torchrun ends with 1, whatever its processes ended with; those that were stopped, killed or robbed of another node say nothing
+  if [ -s "$EXIT_CODE_FILE" ]; then
+    status=$(<"$EXIT_CODE_FILE")
+  elif [ "$status" != 0 ]; then
+    status=75
+  fi
 fi
 
-if [ "$NODE" = 0 ] && [ "$status" = 0 ]; then
+if [ "$NODE" = 0 ] && { [ "$status" = 0 ] || [ "$status" = 3 ]; }; then
   last=$(python run_folder.py "$CHECKPOINTS") # the newest, then the best
   last=${last%%$'\n'*}
   cp -r "$last/pretrained_model" "$CHECKPOINTS/metrics.jsonl" "$CHECKPOINTS/config.yaml" "$OUTPUT/"

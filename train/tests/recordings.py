@@ -57,7 +57,9 @@ def jpeg(stamp: int, pixels: np.ndarray, ros1: bool = False) -> Any:
     return make("sensor_msgs/msg/CompressedImage", ros1, stamp=stamp, format="rgb8; jpeg compressed bgr8", data=data)
 
 
-def image(stamp: int, pixels: np.ndarray, encoding: str = "rgb8", pad: int = 0, **wrong: Any) -> Any:
+def image(
+    stamp: int, pixels: np.ndarray, encoding: str = "rgb8", pad: int = 0, ros1: bool = False, **wrong: Any
+) -> Any:
     """An Image of (H, W, K) uint8 with `pad` bytes behind each row."""
     height, width = pixels.shape[:2]
     rows = np.pad(pixels.reshape(height, -1), ((0, 0), (0, pad)), constant_values=255)
@@ -69,7 +71,7 @@ def image(stamp: int, pixels: np.ndarray, encoding: str = "rgb8", pad: int = 0, 
         "step": rows.shape[1],
         "data": rows.ravel(),
     }
-    return make("sensor_msgs/msg/Image", stamp=stamp, **(fields | wrong))
+    return make("sensor_msgs/msg/Image", ros1, stamp=stamp, **(fields | wrong))
 
 
 def episode(

@@ -1,6 +1,8 @@
 """Reading recordings: every storage the same numbers, every fault one clear message."""
 
+import contextlib
 import shutil
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -176,59 +178,16 @@ def test_other_messages_as_state(tmp_path: Path) -> None:
 
 
 def broken(change: str, folder: Path) -> Path:
-    """A recording with one fault."""
-    messages = episode(0.3)
-    if change == "no topic":
-        messages = [message for message in messages if message[0] != STATE]
-    if change == "no joint":
-        messages = [(t, k, r, joint_state(r, [1, 2], "ab") if t == STATE else c) for t, k, r, c in messages]
-    if change == "no names":
-        messages = [(t, k, r, joint_state(r, [1, 2, 3], []) if t == STATE else c) for t, k, r, c in messages]
-    if change == "nan":
-        messages = [
-            (t, k, r, joint_state(r, [1, np.nan, 3]) if t == STATE and r > START + 100 * MS else c)
-            for t, k, r, c in messages
-        ]
-    if change == "short position":
-        messages = [
-            (
-                t,
-                k,
-                r,
-                make(
-                    "sensor_msgs/msg/JointState",
-                    stamp=r,
-                    name=list("abc"),
-                    position=np.zeros(2),
-                    velocity=np.zeros(0),
-                    effort=np.zeros(0),
-                )
-                if t == STATE
-                else c,
-            )
-            for t, k, r, c in messages
-        ]
-    if change == "not a picture":
-        messages = [
-            (
-                t,
-                "std_msgs/msg/Bool" if t == CAMERA else k,
-                r,
-                make("std_msgs/msg/Bool", data=True) if t == CAMERA else c,
-            )
-            for t, k, r, c in messages
-        ]
-    kind = {"cut db3": "sqlite", "wal": "sqlite", "cut bag": "ros1", "cut zstd": "sqlite-zstd-file"}.get(change, "mcap")
-    if kind == "ros1":
-        messages = episode(0.3, ros1=True)
-    path = write(folder / "bag", messages, kind)
+    """A recording with one fault around its messages; those in them are in test_damage.py."""
+    kind = {"wal": "sqlite", "unindexed": "ros1", "old types": "sqlite"}.get(change, "mcap")
+    path = write(folder / "bag", episode(0.3, ros1=kind == "ros1"), kind)
     file = path if path.is_file() else next(file for file in path.iterdir() if file.name != "metadata.yaml")
-    if change.startswith("cut"):
-        file.write_bytes(file.read_bytes()[: int(file.stat().st_size * 0.6)])
-    if change == "empty":
-        file.write_bytes(b"")
     if change == "wal":
         file.with_name(file.name + "-wal").write_bytes(b"x")
+    if change == "unindexed":  # as a recorder leaves it that was killed
+        content, field = file.read_bytes(), b"index_pos="
+        at = content.index(field) + len(field)
+        file.write_bytes(content[:at] + bytes(8) + content[at + 8 :])
     if change == "missing file":
         file.rename(folder / "elsewhere")
     if change == "half metadata":
@@ -247,18 +206,8 @@ def broken(change: str, folder: Path) -> Path:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ("no topic", [STATE, "no such topic", f"{CAMERA} (sensor_msgs/msg/CompressedImage)"]),
-        ("no joint", [STATE, "no joint c", "there: a, b"]),
-        ("no names", [STATE, "name[] is empty", "index"]),
-        ("nan", [STATE, "b is nan", "t+0.101 s", "21 messages"]),
-        ("short position", [STATE, "2 values for 3 joint names"]),
-        ("not a picture", [CAMERA, "std_msgs/msg/Bool", "CompressedImage"]),
-        ("cut mcap", ["bag.mcap", "cannot be opened", "mcap recover"]),
-        ("cut db3", ["bag.db3", ".recover"]),
-        ("cut bag", ["bag.bag", "rosbag reindex"]),
-        ("cut zstd", ["bag.db3.zstd", "cannot be unpacked"]),
-        ("empty", ["bag.mcap", "0 bytes"]),
         ("wal", ["bag.db3-wal", "wal_checkpoint"]),
+        ("unindexed", ["bag.bag", "not indexed", "rosbag reindex"]),
         ("missing file", ["metadata.yaml", "bag.mcap", "not there"]),
         ("half metadata", ["metadata.yaml", "is broken", "reindex"]),
         ("lying metadata", [STATE, "31 messages read", "declares 5"]),
@@ -276,6 +225,35 @@ def test_a_broken_recording_gets_one_clear_message(tmp_path: Path, change: str, 
     assert all(word in faults[0] for word in words), faults[0]
 
 
+def in_sqlite(path: Path, statement: str) -> None:
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        database.execute(statement)
+        database.commit()
+
+
+def test_types_by_old_names_unknown_ones_and_two_of_one_topic(tmp_path: Path) -> None:
+    file = write(tmp_path / "old", episode(0.3), "sqlite") / "old.db3"
+    in_sqlite(file, "UPDATE topics SET type = replace(type, '/msg/', '/')")
+    series = read_series(only(file), [JOINT_SIGNAL], [CAMERA])
+    assert len(series[STATE].stamps) == 31 and len(series[CAMERA].stamps) == 10, "as recorders of 2019 wrote them"
+
+    file = write(tmp_path / "unknown", episode(0.3), "sqlite") / "unknown.db3"
+    in_sqlite(file, f"UPDATE topics SET type = 'my_msgs/msg/Arm' WHERE name = '{COMMAND}'")
+    assert len(read_series(only(file), [JOINT_SIGNAL], [CAMERA])[STATE].stamps) == 31, "a topic that nobody asked for"
+    with pytest.raises(Fault) as caught:
+        read_series(only(file), [Signal(COMMAND, JOINTS)], [])
+    assert all(word in str(caught.value) for word in (COMMAND, "my_msgs/msg/Arm", "no definition"))
+
+    messages = episode(0.3, camera=False)
+    trigger = make("std_msgs/msg/Bool", data=True)
+    messages += [(f"{STATE}2", "std_msgs/msg/Bool", messages[-1][2] + MS, trigger)]
+    file = write(tmp_path / "two", messages, "sqlite") / "two.db3"
+    in_sqlite(file, f"UPDATE topics SET name = '{STATE}' WHERE name = '{STATE}2'")
+    with pytest.raises(Fault) as caught:
+        read_series(only(file), [JOINT_SIGNAL], [])
+    assert any("two types, sensor_msgs/msg/JointState and std_msgs/msg/Bool" in fault for fault in caught.value.args)
+
+
 def test_stamps_that_cannot_be_trusted(tmp_path: Path) -> None:
     def clock(name: str, stamps: list[int]) -> str:
         messages: list[Timed] = [
@@ -287,7 +265,9 @@ def test_stamps_that_cannot_be_trusted(tmp_path: Path) -> None:
     assert clock("good", [START - MS, START]) == "header"
     assert clock("zero", [0, 0]) == "receive (no header stamp)"
     assert "backwards" in clock("unsorted", [START, START - MS])
-    assert "1.20 s off" in clock("late", [START - 1200 * MS, START])
+    assert "1.20 s off, at message 0" in clock("late", [START - 1200 * MS, START])
+    assert "3600.00 s off" in clock("future", [START, START + 3_600_000 * MS])
+    assert "s off" in clock("another epoch", [10**9, 10**9 + MS]), "seconds since the robot was switched on"
 
 
 PIXELS = picture(3)

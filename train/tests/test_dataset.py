@@ -13,7 +13,7 @@ from bags import find_bags
 from config import Config, load
 from dataset import Dataset, batches, load_dataset
 from episodes import Recording, read_recording
-from faults import Fault
+from faults import Fault, NoRoom
 from ranks import Ranks
 
 
@@ -216,6 +216,27 @@ def test_all_faults_of_all_recordings_come_at_once(tmp_path: Path) -> None:
     assert len(named) == 4
     assert len(caught.value.args) == 4
     assert not [path for path in (tmp_path / "cache").iterdir() if path.name.startswith(".")], "nothing half made stays"
+
+
+def test_bad_recordings_may_be_skipped_and_are_told_apart_from_a_full_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorded(tmp_path, 4)
+    write(tmp_path / "bags/no_camera", episode(camera=False))
+    (tmp_path / "bags/episode_1/metadata.yaml").write_text("rosbag2_")
+    skipping = configured(tmp_path, "data.on_bad_bag=skip")
+    data = load_dataset(skipping)
+    assert sorted(data.train.names + data.validation.names) == ["episode_0", "episode_2", "episode_3"]
+    first, *lines = data.left_out_in_words()
+    assert "2 recordings with faults" in first and len(lines) == 2
+    assert any("episode_1/metadata.yaml: is broken" in line for line in lines)
+    assert any("no_camera: /camera: no such topic" in line for line in lines)
+    with pytest.raises(Fault) as caught:  # nothing is left to train on
+        load_dataset(configured(tmp_path, "data.on_bad_bag=skip", "data.cameras={color: /elsewhere}"))
+    assert len(caught.value.args) == 5
+    monkeypatch.setattr(dataset, "_write_recording", lambda *_: os.open("/dev/full/x", os.O_RDONLY))
+    with pytest.raises(NoRoom):
+        load_dataset(configured(tmp_path, "data.on_bad_bag=skip", "data.fps=10"))
 
 
 def test_a_picture_that_changes_its_size(tmp_path: Path) -> None:

@@ -52,12 +52,14 @@ def arm(
     frozen: tuple[float, float] = (9e9, 9e9),
     black: tuple[float, float] = (9e9, 9e9),
     late: int = 4 * MS,
+    turns: float = 9e9,
 ) -> list[Timed]:
     """An arm that goes where it is commanded, `lag` seconds later: joints 100 Hz, commands 50 Hz, and a camera."""
 
     def pose(t: float) -> np.ndarray:
         moving = np.sin(2 * max(0.0, t - waits) + np.arange(3)) - np.sin(np.arange(3))
         moving[list(still)] = 0.3
+        moving[1] += 2 * np.pi * (t > turns)
         return moving * unit
 
     messages: list[Timed] = []
@@ -168,6 +170,11 @@ WRONG: dict[str, tuple[dict[str, Any], tuple[str, ...], tuple[str, ...]]] = {
     "slow camera": ({"camera_hz": 10}, (), ("camera color gives 9.8", "set data.fps to about 10")),
     "frozen camera": ({"frozen": (1.0, 2.0)}, (), (f"{CAMERA}: 29 of 120 pictures", "the camera hung")),
     "black pictures": ({"black": (-1.0, 1.0)}, (), (f"{CAMERA}:", "looked at are black")),
+    "a turn": (
+        {"turns": 2.0},
+        ("data.action.from=next_state",),
+        (f"{STATE}: b goes from", "within 10.0 ms, at message 211", "one of 1 such", "a turn of 2 pi"),
+    ),
     "late pictures": ({"late": 200 * MS}, (), ("pictures arrive 200 ms after their header's stamp",)),
 }
 
@@ -184,12 +191,18 @@ def test_only_what_is_wrong_is_warned_of(tmp_path: Path, what: str) -> None:
 
 
 def test_a_dry_run_says_the_same_of_what_is_cached(tmp_path: Path) -> None:
-    for name, recorded in {"good": {}, "stuck": {"still": (1,)}, "waiting": {"seconds": 9.0, "waits": 5.0}}.items():
+    recordings = {
+        "good": {},
+        "stuck": {"still": (1,)},
+        "waiting": {"seconds": 9.0, "waits": 5.0},
+        "turned": {"turns": 2.0},
+    }
+    for name, recorded in recordings.items():
         write(tmp_path / "bags" / name, arm(**recorded))  # type: ignore[arg-type]
     config = configured(tmp_path)
     bags, _ = find_bags(tmp_path / "bags")
     said = [f"{bag.name}: {warning}" for bag in bags for warning in inspect(bag, config).warnings]
-    assert len(said) == 2 and sorted(plausibility.of_dataset(load_dataset(config), config)) == sorted(said)
+    assert len(said) == 3 and sorted(plausibility.of_dataset(load_dataset(config), config)) == sorted(said)
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="the recordings of others are not here")
@@ -222,6 +235,10 @@ def test_a_real_camera_and_real_arms() -> None:
     camera = found["aruco_images.bag"].topics["/raspicam_node/image/compressed"]
     assert camera.pictures and camera.pictures.kinds == {"1280x960 jpeg": 1} and "1.24 s off" in camera.clock
     assert camera.pictures.shown[0].pixels.shape == (240, 320, 3)
+    sums = {name: one.checksums for name, one in found.items()}
+    assert (
+        sums["ros2bag_ats_2025-12-02_12-44-28"] == "CRC of the summary, none of 2 chunks" and sums["test.bag"] == "none"
+    )
     kuka = found["test.bag"].topics["/joint_states"]
     assert kuka.header_minus_receive_ms and kuka.header_minus_receive_ms.median == pytest.approx(4.4, abs=0.1)
     assert len(kuka.joints) == 7 and max(joint.fastest for joint in kuka.joints) < 2, "rad/s, of a real arm"

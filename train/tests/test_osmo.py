@@ -427,6 +427,16 @@ def test_a_fault_is_not_run_again(tmp_path: Path, world: Path, gpus: int, settin
     assert process.returncode == 1 and ("did you mean training.steps" in out or "is a quote left open" in out), out
 
 
+@pytest.mark.parametrize("gpus", [1, 2])
+def test_recordings_that_were_skipped_fail_no_workflow(tmp_path: Path, world: Path, gpus: int) -> None:
+    pod = Pod(tmp_path, world, "training.steps=2", "data.on_bad_bag=skip")
+    next((tmp_path / "bags/episode_0").glob("*.mcap")).write_bytes(b"x")
+    out, _ = (process := pod.start(gpus=gpus)).communicate(timeout=120)
+    assert process.returncode == 3 and out.count("left out by data.on_bad_bag=skip") == 1, out
+    assert (pod.output / "pretrained_model").exists()
+    assert "3" in tasks(rendered())[0]["exitActions"]["COMPLETE"].split(",")
+
+
 def test_a_broken_script_is_not_run_again(tmp_path: Path, world: Path) -> None:
     pod = Pod(tmp_path, world)
     with (pod.code / "ranks.py").open("a") as script:

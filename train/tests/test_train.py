@@ -266,6 +266,16 @@ def test_a_wrong_request_gets_one_clear_answer(tmp_path: Path, overrides: list[s
     assert done.returncode == 1 and all(word in done.stderr for word in words), done.stderr
 
 
+def test_the_exit_code_tells_of_recordings_that_were_skipped(tmp_path: Path) -> None:
+    path = tiny(recorded(tmp_path), "training.steps=2")
+    next((tmp_path / "bags/episode_1").glob("*.mcap")).write_bytes(b"x")
+    failed = run("--config", path, check=False)
+    assert failed.returncode == 1 and "cannot be opened" in failed.stderr
+    done = run("--config", path, "data.on_bad_bag=skip", check=False)
+    assert done.returncode == 3 and "left out by data.on_bad_bag=skip: 1 recordings" in done.stdout
+    assert "episode_1.mcap: cannot be opened" in done.stdout and "policy: " in done.stdout
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
 @pytest.mark.parametrize(
     ("full", "size", "words"),

@@ -1,0 +1,280 @@
+"""Hundreds of damaged recordings, of every storage: no traceback, no message lost in silence, nothing missed that can be seen."""
+
+import random
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from zlib import crc32
+
+import numpy as np
+import pytest
+from recordings import (
+    CAMERA,
+    COMMAND,
+    KINDS,
+    MS,
+    STATE,
+    STORES,
+    Timed,
+    episode,
+    image,
+    joint_state,
+    jpeg,
+    make,
+    picture,
+    write,
+)
+
+from bags import find_bags, open_storage, plain
+from config import load
+from dataset import load_dataset
+from faults import Fault
+from inspection import inspect
+
+JOINT_STATE, JPEG = "sensor_msgs/msg/JointState", "sensor_msgs/msg/CompressedImage"
+STORAGES = (*KINDS, "mcap-crc")
+SUMMED = ("mcap-crc", "ros1-bz2")  # every message lies under a checksum
+SECONDS = 0.5
+FLIPPED = 32  # damaged files of each storage
+
+
+def record(folder: Path, kind: str, messages: list[Timed] | None = None) -> Path:
+    """A recording in a folder; its storage file."""
+    path = write(folder / "bag", messages or episode(SECONDS, ros1=is_ros1(kind)), kind.removesuffix("-crc"))
+    file = path if path.is_file() else next(file for file in path.iterdir() if file.name != "metadata.yaml")
+    if kind == "mcap-crc":
+        file.write_bytes(with_sums(file.read_bytes()))
+    return file
+
+
+def is_ros1(kind: str) -> bool:
+    return kind.startswith("ros1")
+
+
+def with_sums(content: bytes) -> bytes:
+    """An MCAP file with the checksums that the library does not write."""
+    out, at, summary = bytearray(content[:8]), 8, 0
+    while at < len(content) - 8:
+        kind, length = struct.unpack_from("<BQ", content, at)
+        body = bytearray(content[at + 9 : at + 9 + length])
+        if kind == 0x06:  # a chunk, not packed
+            body[24:28] = struct.pack("<I", crc32(body[40:]))
+        if kind == 0x0F:  # the end of the data
+            body, summary = bytearray(struct.pack("<I", crc32(out))), at + 9 + length
+        if kind == 0x02:  # the footer
+            body[16:] = struct.pack("<I", crc32(out[summary:] + content[at : at + 9] + body[:16]))
+        out += content[at : at + 9] + body
+        at += 9 + length
+    return bytes(out + content[-8:])
+
+
+def said_of(folder: Path) -> tuple[list[str], list[str]]:
+    """Faults and warnings of an inspection of a folder. A training finds the same faults, or it would read the recordings."""
+    config = load(
+        None,
+        [
+            f"data.bag_dir={folder}",
+            f"data.cache_dir={folder}/.cache",
+            f"data.cameras={{color: {CAMERA}}}",
+            f"data.state=[{{topic: {STATE}, joints: [a, b, c]}}]",
+            "data.image_size=[48, 64]",
+            "model.chunk_size=10",
+            "model.n_action_steps=10",
+        ],
+    )
+    bags, faults = find_bags(folder)
+    found = [inspect(bag, config, pictures=True) for bag in bags]
+    faults += [f"{one.name}: {fault}" for one in found for fault in one.faults]
+    try:
+        load_dataset(config)
+    except Fault as fault:
+        assert faults, f"a training refuses what an inspection finds nothing wrong with: {fault}"
+    else:
+        unused = all("do not decode as a picture" in fault for fault in faults)  # by any tick
+        assert unused, f"a training reads what an inspection finds fault with: {faults}"
+    return faults, [warning for one in found for warning in one.warnings]
+
+
+def changed(topic: str, change: Callable[[int, Any, int, bool], tuple[str, Any]]) -> Callable[..., list[Timed]]:
+    """A change of each message of a topic, by its number, content, stamp and whether it is of ROS 1: to a type and a content."""
+
+    def apply(messages: list[Timed], ros1: bool) -> list[Timed]:
+        out, number = [], 0
+        for name, kind, receive, content in messages:
+            if name == topic:
+                kind, content = change(number, content, receive - MS, ros1)
+                number += 1
+            out.append((name, kind, receive, content))
+        return out
+
+    return apply
+
+
+def joints(change: Callable[[int, list[float]], list[float]], names: Callable[[int], str] = lambda _: "abc") -> Any:
+    def one(number: int, _: Any, stamp: int, ros1: bool) -> tuple[str, Any]:
+        values = change(number, [number / 100, number / 50, 1.0])
+        return JOINT_STATE, joint_state(stamp, values, names(number), ros1)
+
+    return changed(STATE, one)
+
+
+def at_20(value: float) -> Callable[[int, list[float]], list[float]]:
+    return lambda number, values: [values[0], value if number == 20 else values[1], values[2]]
+
+
+def cut_picture(number: int, content: Any, stamp: int, ros1: bool) -> tuple[str, Any]:
+    if number == 7:
+        content.data = content.data[:-60]
+    return JPEG, content
+
+
+def short(number: int, _: Any, stamp: int, ros1: bool) -> tuple[str, Any]:
+    empty = np.zeros(0)
+    fields = {"name": list("abc"), "position": np.zeros(2), "velocity": empty, "effort": empty}
+    return JOINT_STATE, make(JOINT_STATE, ros1, stamp=stamp, **fields)
+
+
+# what is recorded wrong, and what must be said of it
+WRONG: dict[str, tuple[Callable[[list[Timed], bool], list[Timed]], list[str]]] = {
+    "no topic": (lambda m, _: [one for one in m if one[0] != STATE], [STATE, "no such topic", f"{CAMERA} ({JPEG})"]),
+    "no joint": (joints(lambda _, v: v[:2], lambda _: "ab"), [STATE, "message 0", "no joint c", "there: a, b"]),
+    "a joint that appears halfway": (
+        joints(lambda n, v: v[: 2 + (n > 25)], lambda n: "abc" if n > 25 else "ab"),
+        [STATE, "message 0", "no joint c"],
+    ),
+    "a joint that is gone halfway": (
+        joints(lambda n, v: v[: 2 + (n < 25)], lambda n: "abc" if n < 25 else "ab"),
+        [STATE, "message 25 at t+0.25", "no joint c"],
+    ),
+    "no names": (joints(lambda _, v: v, lambda _: ""), [STATE, "name[] is empty", "index"]),
+    "nan": (joints(at_20(np.nan)), [STATE, "b is nan", "t+0.200 s", "1 messages"]),
+    "infinite": (joints(at_20(-np.inf)), [STATE, "b is -inf", "t+0.200 s"]),
+    "a jump": (
+        joints(at_20(2.0)),
+        [STATE, "b goes from 0.38 to 2 within 10.0 ms", "message 20, t+0.200 s", "and back"],
+    ),
+    "fewer positions than names": (changed(STATE, short), [STATE, "2 values for 3 joint names"]),
+    "another type": (
+        changed(CAMERA, lambda *_: ("std_msgs/msg/Bool", make("std_msgs/msg/Bool", data=True))),
+        [CAMERA, "std_msgs/msg/Bool", "CompressedImage"],
+    ),
+    "half a JPEG": (changed(CAMERA, cut_picture), [CAMERA, "message 7", "do not decode as a picture"]),
+    "another size": (
+        changed(CAMERA, lambda n, c, t, ros1: (JPEG, jpeg(t, picture(n, 48 + 16 * (n > 7)), ros1))),
+        [CAMERA, "64x48 and 64x64"],
+    ),
+    "depth": (
+        changed(
+            CAMERA, lambda n, c, t, ros1: ("sensor_msgs/msg/Image", image(t, picture(n)[..., :2], "16UC1", ros1=ros1))
+        ),
+        [CAMERA, "depth or 16-bit", "colour camera"],
+    ),
+    "rows that do not fit": (
+        changed(CAMERA, lambda n, c, t, ros1: ("sensor_msgs/msg/Image", image(t, picture(n), step=100, ros1=ros1))),
+        [CAMERA, "step 100", "at least 192"],
+    ),
+    "no time in common": (
+        lambda m, _: [(t, k, r + 10**10 * (t == CAMERA), c) for t, k, r, c in m],
+        ["share no time", STATE, CAMERA],
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_recorded_wrong_is_named(tmp_path: Path, kind: str) -> None:
+    for wrong, (change, words) in WRONG.items():
+        folder = tmp_path / wrong
+        record(folder, kind, change(episode(SECONDS, ros1=is_ros1(kind)), is_ros1(kind)))
+        faults, _ = said_of(folder)
+        assert any(all(word in fault for word in ["bag", *words]) for fault in faults), f"{wrong}: {faults}"
+        assert len(faults) <= 2, f"{wrong} is one fault: {faults}"
+
+
+def zeroed(start: int, stop: int) -> Callable[[bytes], bytes]:
+    return lambda content: content[:start] + bytes(min(stop, len(content)) - start) + content[stop:]
+
+
+# what becomes of a whole file, and what must be said of it; the second list is of files that are packed as a whole
+BROKEN: dict[str, tuple[Callable[[bytes], bytes], str, str]] = {
+    "empty": (lambda c: b"", "is empty (0 bytes)", "is empty (0 bytes)"),
+    "cut to a half": (lambda c: c[: len(c) // 2], "cannot be opened", "cannot be unpacked"),
+    "cut by a byte": (lambda c: c[:-1], "", "cannot be unpacked"),
+    "without its beginning": (zeroed(0, 64), "cannot be opened", "cannot be unpacked"),
+    "another file": (lambda c: random.Random(0).randbytes(len(c)), "cannot be opened", "cannot be unpacked"),
+}
+
+
+@pytest.mark.parametrize("kind", STORAGES)
+def test_a_broken_file_is_named(tmp_path: Path, kind: str) -> None:
+    for broken, (change, words, packed_words) in BROKEN.items():
+        file = record(tmp_path / broken, kind)
+        file.write_bytes(change(file.read_bytes()))
+        faults, _ = said_of(tmp_path / broken)
+        said = packed_words if kind == "sqlite-zstd-file" else words
+        assert any(file.name in fault and said in fault for fault in faults), f"{broken}: {faults}"
+
+
+def flip(content: bytes, around: list[int], seed: int) -> tuple[bytes, int]:
+    """A file with some flipped bits, or a run of zeroes, and how many bits of it are another; half of them around the messages."""
+    rng, out = random.Random(seed), bytearray(content)
+    places = around if seed % 2 else range(len(out))
+    if seed % 8 == 0:
+        start = rng.choice(places)
+        out[start : start + 64] = bytes(len(out[start : start + 64]))
+    else:
+        for _ in range(rng.choice((1, 1, 2, 4))):
+            out[rng.choice(places)] ^= 1 << rng.randrange(8)
+    return bytes(out), different(content, bytes(out))
+
+
+def around(content: bytes, messages: list[bytes]) -> list[int]:
+    """The bytes of a file that are not of a message, where they stand in it as they are."""
+    outside = np.ones(len(content), bool)
+    for message in messages:
+        at = content.find(message)
+        outside[at : at + len(message)] &= at < 0
+    return list(np.flatnonzero(outside))
+
+
+def different(a: bytes, b: bytes) -> int:
+    """How many bits of two texts of one length differ."""
+    return (int.from_bytes(a, "little") ^ int.from_bytes(b, "little")).bit_count()
+
+
+@pytest.mark.parametrize("kind", STORAGES)
+def test_flipped_bits_lose_nothing_in_silence(tmp_path: Path, kind: str) -> None:
+    """What nothing is said of has every message, with its stamp; and its content, but for what no reader can see."""
+    file = record(tmp_path / "whole", kind)
+    store = STORES[is_ros1(kind)]
+    serialize = store.serialize_ros1 if is_ros1(kind) else store.serialize_cdr
+    recorded: dict[str, list[tuple[int, bytes]]] = {topic: [] for topic in (STATE, COMMAND, CAMERA)}
+    for topic, msgtype, receive, content in episode(SECONDS, ros1=is_ros1(kind)):
+        recorded[topic].append((receive, bytes(serialize(content, msgtype))))
+    places = around(file.read_bytes(), [raw for each in recorded.values() for _, raw in each])
+    said = 0
+    for seed in range(FLIPPED):
+        folder = tmp_path / str(seed)
+        shutil.copytree(tmp_path / "whole", folder)
+        damaged = folder / file.relative_to(tmp_path / "whole")
+        content, bits = flip(file.read_bytes(), places, seed)
+        damaged.write_bytes(content)
+        if any(said_of(folder)):
+            said += 1
+            continue
+        read: dict[str, list[tuple[int, bytes]]] = {topic: [] for topic in recorded}
+        with open_storage(damaged) as storage:
+            for connection, receive, raw in storage.raw:
+                read[connection.topic].append((receive, plain(bytes(raw), connection.topic)))
+        others = 0
+        for topic, expected in recorded.items():
+            assert [one[0] for one in read[topic]] == [one[0] for one in expected], f"seed {seed}: {topic}"
+            for (_, ours), (_, theirs) in zip(read[topic], expected, strict=True):
+                assert len(ours) == len(theirs), f"seed {seed}: {topic}"
+                others += different(ours, theirs)
+        assert others <= (0 if kind in SUMMED else bits if kind in ("mcap", "sqlite", "ros1") else 2**30), (
+            f"seed {seed}"
+        )
+    if kind in SUMMED:
+        assert said > FLIPPED * 0.8
