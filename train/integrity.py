@@ -45,16 +45,21 @@ def check(file: Path) -> Checked:
     except Damage as damage:
         remedy = REMEDIES[Path(file.name.removesuffix(".zstd")).suffix]
         faults = [f"{file}: is damaged{damage}; copy it again, try {remedy}, or leave it out"]
+    return Checked(_in_words(sums), faults)
+
+
+def _in_words(sums: Counter[str]) -> str:
     kinds = [kind for kind in sums if kind != NO_SUM]
-    bare = f"{NO_SUM} of {sums[NO_SUM]} chunk{'s' * (sums[NO_SUM] > 1)}"
-    carries = ", ".join([*kinds, bare] if kinds and sums[NO_SUM] else kinds or [NO_SUM])
-    return Checked(carries, faults)
+    if kinds and sums[NO_SUM]:
+        of_the_whole = all(kind.startswith("CRC of the ") for kind in kinds)  # of its summary, that is
+        kinds.append(f"{NO_SUM} of {'the messages' if of_the_whole else f'{sums[NO_SUM]} chunks'}")
+    return ", ".join(kinds) or NO_SUM
 
 
 def _check_sqlite(file: Path, sums: Counter[str]) -> None:
     """Raises Damage."""
     try:
-        with closing(sqlite3.connect(f"file:{file}?immutable=1", uri=True)) as database:
+        with closing(sqlite3.connect(f"{file.absolute().as_uri()}?immutable=1", uri=True)) as database:
             found = " ".join("; ".join(row[0] for row in database.execute("PRAGMA integrity_check(3)")).split())
             strays = (
                 "topic_id NOT IN (SELECT id FROM topics) OR typeof(data) != 'blob' OR typeof(timestamp) != 'integer'"

@@ -56,6 +56,8 @@ class Policy:
         self.action_names: tuple[str, ...] = tuple(robot["action"]["names"]) if robot else ()
         # delta: to be added to the state at the tick of the action
         self.action_as: str = robot["action"]["as"] if robot else UNKNOWN
+        # where in the state each action's joint is, if targets are to be made of deltas, or deltas of targets
+        self._joints: list[int] | None = None
         self.cameras = tuple(normalizer.cameras)
         # height, width of the cameras that were recorded; LeRobot does not resize
         self.picture_sizes: dict[str, list[tuple[int, int]]] = {
@@ -81,7 +83,8 @@ class Policy:
         """From a checkpoint or a pretrained_model folder, of ours or of LeRobot >= 0.4.0.
 
         `ensemble` is the coefficient of temporal ensembling (0.01 in ACT's paper); without it n_action_steps of a chunk
-        are executed. What else is given is what the robot has, in the policy's order. Raises Fault with all that differs.
+        are executed. What else is given is what the robot has, in the policy's order; `action_as` is what it expects: a policy
+        of targets gives deltas, and one of deltas targets, by the present state. Raises Fault with all that differs.
         """
         found = pretrained.load(Path(path))
         if found.normalizer.cameras:
@@ -96,7 +99,7 @@ class Policy:
             "fps": (fps, policy.fps),
             "state_names": (state_names and tuple(state_names), policy.state_names),
             "action_names": (action_names and tuple(action_names), policy.action_names),
-            "action_as": (action_as, policy.action_as),
+            "action_as": (action_as, action_as if action_as and policy._can_give(action_as) else policy.action_as),
         }
         faults = [
             f"{path}: {name}: the robot has {here!r}, the policy {there!r}; expected the same: take another checkpoint, or "
@@ -111,6 +114,13 @@ class Policy:
             raise Fault(*faults)
         return policy
 
+    def _can_give(self, action_as: str) -> bool:
+        """Give targets or deltas, whichever was trained, by the present state; whether that can be done."""
+        names, known = self.action_names, self.state_names
+        if {action_as, self.action_as} == {"absolute", "delta"} and set(names) == set(known) and len(set(names)) == len(names):
+            self.action_as, self._joints = action_as, [known.index(name) for name in names]
+        return action_as == self.action_as
+
     def reset(self) -> None:
         """Forget the chunks of the episode before."""
         self._chunk = torch.empty(0)  # what is left of it
@@ -118,7 +128,7 @@ class Policy:
             self.ensembler.reset()
 
     def act(self, observation: Mapping[str, Any]) -> np.ndarray:
-        """The action (A,) float32 of this tick; action_as says whether it is a target or a step from the present state.
+        """The action (A,) float32 of this tick; action_as says whether it is a target or a delta from the present state.
 
         `observation` is {"state": (S,) numbers or {name: number}, "images": {camera: (H, W, 3) uint8 RGB}}, the pictures
         as the cameras give them. Raises Fault, gives no action and forgets its chunks, whose ticks go by, where the
@@ -127,14 +137,17 @@ class Policy:
         try:
             state, images = self._checked(observation)
             if self.ensembler:
-                return self.ensembler.update(self._look(state, images)).numpy()
-            if not len(self._chunk):
-                self._chunk = self._look(state, images)[: self.n_action_steps]
+                action = self.ensembler.update(self._look(state, images))
+            else:
+                if not len(self._chunk):
+                    self._chunk = self._look(state, images)[: self.n_action_steps]
+                action, self._chunk = self._chunk[0], self._chunk[1:]
         except Fault:
             self.reset()
             raise
-        action, self._chunk = self._chunk[0], self._chunk[1:]
-        return action.numpy()
+        if self._joints is None:
+            return action.numpy()
+        return action.numpy() + (1 if self.action_as == "absolute" else -1) * state[self._joints]
 
     def _look(self, state: np.ndarray, images: list[np.ndarray]) -> Tensor:
         """The chunk (T, A) for one observation."""

@@ -73,6 +73,8 @@ def walk_mcap(file: Path, sums: Counter[str]) -> None:
         summary.lacks_nothing(summary_at, data)
         if sums["CRC of the data"]:
             del sums[NO_SUM]
+        elif data.counts and not data.chunks:
+            sums[NO_SUM] += 1
 
 
 def _records(content: BinaryIO, start: int, end: int) -> Iterator[tuple[int, int, bytes]]:

@@ -87,12 +87,25 @@ def test_it_says_what_it_is_and_refuses_another_robot(trained_once: Path, tmp_pa
     assert policy.state_names == policy.action_names == ("a", "b", "c")
     assert policy.picture_sizes == {"color": [(48, 64)]}
     with pytest.raises(Fault) as caught:
-        Policy.load(trained_once, fps=30, action_names=["a", "c", "b"], action_as="delta", state_names=["a", "b", "c"])
+        Policy.load(trained_once, fps=30, action_names=["a", "c", "b"], action_as="relative", state_names=["a", "b", "c"])
     assert [line.split(": ")[1] for line in caught.value.args] == ["fps", "action_names", "action_as"]
-    assert "the robot has 'delta', the policy 'absolute'" in str(caught.value)
+    assert "the robot has 'relative', the policy 'absolute'" in str(caught.value)
     commands = f"data.action.from=[{{topic: {COMMAND}, joints: [a, b, c]}}]"
-    delta = Policy.load(trained(tiny(recorded(tmp_path), commands, "data.action.as=delta", "training.steps=1")))
-    assert delta.action_as == "delta"
+    deltas = trained(tiny(recorded(tmp_path), commands, "data.action.as=delta", "training.steps=1"))
+    assert Policy.load(deltas).action_as == "delta"
+    for checkpoint, mine, other in ((trained_once, "absolute", "delta"), (deltas, "delta", "absolute")):
+        as_trained, converting = Policy.load(checkpoint, action_as=mine), Policy.load(checkpoint, action_as=other)
+        for tick in range(7):  # into the second look
+            state = np.array([0.1 * tick, -0.2, 0.3], np.float32)
+            ours, theirs = (policy.act(observation(state=state)) for policy in (as_trained, converting))
+            target, delta = (ours, theirs) if mine == "absolute" else (theirs, ours)
+            np.testing.assert_allclose(target, state + delta, atol=1e-6)
+        assert converting.action_as == other
+    switched = trained(tiny(recorded(tmp_path / "c"), commands.replace("[a, b, c]", "[c, b, a]"), "training.steps=1"))
+    plain, converting = Policy.load(switched), Policy.load(switched, action_as="delta")
+    state = np.array([1.0, 2.0, 3.0], np.float32)
+    moved = plain.act(observation(state=state)) - converting.act(observation(state=state))
+    np.testing.assert_allclose(moved, [3, 2, 1], atol=1e-6, err_msg="by name")
 
 
 @pytest.mark.parametrize(
