@@ -117,7 +117,11 @@ class Policy:
     def _can_give(self, action_as: str) -> bool:
         """Give targets or deltas, whichever was trained, by the present state; whether that can be done."""
         names, known = self.action_names, self.state_names
-        if {action_as, self.action_as} == {"absolute", "delta"} and set(names) == set(known) and len(set(names)) == len(names):
+        if (
+            {action_as, self.action_as} == {"absolute", "delta"}
+            and set(names) == set(known)
+            and len(set(names)) == len(names)
+        ):
             self.action_as, self._joints = action_as, [known.index(name) for name in names]
         return action_as == self.action_as
 

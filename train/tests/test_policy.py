@@ -87,7 +87,9 @@ def test_it_says_what_it_is_and_refuses_another_robot(trained_once: Path, tmp_pa
     assert policy.state_names == policy.action_names == ("a", "b", "c")
     assert policy.picture_sizes == {"color": [(48, 64)]}
     with pytest.raises(Fault) as caught:
-        Policy.load(trained_once, fps=30, action_names=["a", "c", "b"], action_as="relative", state_names=["a", "b", "c"])
+        Policy.load(
+            trained_once, fps=30, action_names=["a", "c", "b"], action_as="relative", state_names=["a", "b", "c"]
+        )
     assert [line.split(": ")[1] for line in caught.value.args] == ["fps", "action_names", "action_as"]
     assert "the robot has 'relative', the policy 'absolute'" in str(caught.value)
     commands = f"data.action.from=[{{topic: {COMMAND}, joints: [a, b, c]}}]"
