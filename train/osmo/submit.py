@@ -44,6 +44,9 @@ ADVICE = {  # by OSMO's exit codes
     10: "is {server} up, and reachable from here?",
     75: "wait a minute, then run the same command again",
 }
+INVALID = {  # a workflow that is validated; that you may log in and see the pool is known by then
+    2: "mend what it names; if it is the image: is it pushed, and can the server look into the registry (README.md)?",
+}
 DATA = {2: "is it there, and have you a DATA credential for it (osmo credential list)?"}
 NAME = r"[a-zA-Z]([a-zA-Z0-9_-]{0,62}[a-zA-Z0-9])?"  # of a run: OSMO's rule for workflows
 
@@ -130,7 +133,7 @@ def submit(arguments: argparse.Namespace, defaults: dict[str, Any], values: dict
     elif not values["dataset"] and not blob:
         check_recordings(values["rosbags"])
     try:
-        osmo(*validation)
+        osmo(*validation, advice=INVALID)
     except Refused as refused:  # it does not know of priorities, and refuses what LOW may have
         if arguments.priority != "LOW" or "LOW priority" not in str(refused):
             raise
@@ -151,7 +154,8 @@ def submit(arguments: argparse.Namespace, defaults: dict[str, Any], values: dict
         status = "PENDING"
         while status in STILL:
             subprocess.run(["osmo", "workflow", "logs", name], check=False)
-            status = json.loads(osmo("workflow", "query", name, "-t", "json"))["status"]
+            goes_on = dict.fromkeys((2, 3, 10, 75), f"{name} goes on: osmo workflow logs {name}")
+            status = json.loads(osmo("workflow", "query", name, "-t", "json", advice=goes_on))["status"]
             time.sleep(5 if status in STILL else 0)
         print(f"{name}: {status}")
         sys.exit(status != "COMPLETED")
@@ -169,7 +173,8 @@ def osmo(*arguments: str, show: bool = False, advice: dict[int, str] | None = No
             said += part
         answer = "" if show else process.stdout.read().decode()  # type: ignore[union-attr]
     if b"Failed on files" in said:  # OSMO ends with 0 all the same
-        raise Refused(1, f"osmo {' '.join(arguments[:2])}: files failed, see above; run the same command again")
+        again = "have you a DATA credential on this machine (osmo credential list)? Then run the same command again"
+        raise Refused(1, f"osmo {' '.join(arguments[:2])}: files failed, see above; {again}")
     if process.returncode == 0:
         return answer
     try:
@@ -180,7 +185,7 @@ def osmo(*arguments: str, show: bool = False, advice: dict[int, str] | None = No
     code = 10 if "Connection broken" in message else process.returncode  # half an answer, by OSMO's code a user's error
     next_step = (ADVICE | (advice or {})).get(code, "see above")
     command = " ".join(word for word in ("osmo", *arguments[:2]) if not word.startswith("-"))
-    raise Refused(process.returncode, f"{command} ended with {process.returncode}: {message}; {next_step}")
+    raise Refused(code, f"{command} ended with {process.returncode}: {message}; {next_step}")
 
 
 def wrong_values(values: dict[str, Any], folder: Path | None, settings: list[str]) -> Iterator[str]:
@@ -326,6 +331,7 @@ def fetch(url: str, folder: Path) -> Path:
         sizes = json.loads((half / "training_state/resume.json").read_text())["files"]
         if lacking := [file for file, size in sizes.items() if not has_size(half / file, size)]:
             print(f"{name}: not whole, without {', '.join(lacking)}; the one before it is taken", file=sys.stderr)
+            shutil.rmtree(half)
             continue
         shutil.rmtree(final, ignore_errors=True)  # of a run of the same name before, perhaps
         half.rename(final)

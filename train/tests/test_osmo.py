@@ -33,8 +33,9 @@ TOKENS = r"\{\{(workflow_id|output|input:\d+|host:[\w-]+)\}\}"  # the server's o
 
 
 def rendered(**chosen: Any) -> dict[str, Any]:
-    """The workflow, rendered as the server does: Jinja's sandbox, undefined names are errors, its own tokens stay."""
-    text, defaults = (OSMO / "osmo-workflow.yaml").read_text().split("default-values:\n")
+    """The workflow, rendered as the server does: from `workflow:` on, undefined names are errors, its own tokens stay."""
+    text, defaults = (OSMO / "osmo-workflow.yaml").read_text().split("\ndefault-values:\n")
+    text = text[text.index("\nworkflow:") :]  # OSMO drops what stands before
     kept = re.sub(TOKENS, r"<\1>", text)
     environment = jinja2.sandbox.SandboxedEnvironment(undefined=jinja2.StrictUndefined)
     return yaml.safe_load(environment.from_string(kept).render(yaml.safe_load(defaults) | chosen))["workflow"]
