@@ -239,12 +239,13 @@ def _means(window: list[Tensor], step: int, ranks: Ranks) -> dict[str, float]:
 
 @contextmanager
 def _stop_signals() -> Iterator[list[int]]:
-    """A list that SIGINT or SIGTERM puts its number into; a second one stops at once."""
+    """A list that SIGINT or SIGTERM puts its number into; a second Ctrl-C stops at once."""
     received: list[int] = []
 
     def receive(number: int, _: FrameType | None) -> None:
         received.append(number)
-        signal.signal(number, signal.SIG_DFL)
+        if number == signal.SIGINT:  # torchrun sends SIGTERM twice
+            signal.signal(number, signal.SIG_DFL)
 
     before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

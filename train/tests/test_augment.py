@@ -49,7 +49,7 @@ def test_a_dry_run_shows_it(
     train.main()
     assert "pictures as augmented" in capsys.readouterr().out
     sheet = cv2.imread(str(tmp_path / "run/augmented.png"))
-    assert sheet is not None and sheet.shape == (48, 8 * 64, 3) and len(np.unique(sheet)) > 20
+    assert sheet is not None and sheet.shape == (32, 8 * 48, 3) and len(np.unique(sheet)) > 20
 
 
 def test_an_unknown_one_is_named(tmp_path: Path) -> None:

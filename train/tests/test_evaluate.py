@@ -38,7 +38,12 @@ class Run(NamedTuple):
 
 def trained_in(folder: Path, action: str) -> Run:
     """A tiny policy, its checkpoints of two steps, and two recordings held out."""
-    settings = (f"data.action.from={action}", "data.validation_fraction=0.5", "training.steps=10")
+    settings = (
+        f"data.action.from={action}",
+        "data.validation_fraction=0.5",
+        "training.steps=10",
+        "data.image_size=[48, 64]",
+    )
     config = load(tiny(recorded(folder, 4), *settings, "model.dropout=0", "training.lr=1e-3"))
     data = load_dataset(config)
     return Run(folder, train.train(config, data), config, data)

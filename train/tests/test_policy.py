@@ -46,7 +46,7 @@ def test_a_chunk_is_executed_before_it_looks_again(trained_once: Path) -> None:
     policy = Policy.load(
         trained_once, fps=20, action_as="absolute", state_names=["a", "b", "c"], action_names=list("abc")
     )
-    pixels = torch.from_numpy(images.resize(SHOT, (48, 64)))[None, None]
+    pixels = torch.from_numpy(images.resize(SHOT, (32, 48)))[None, None]
     chunk = policy.predict(torch.tensor([[0.1, -0.2, 0.3]]), pixels)[0]
     other = observation(state=np.array([0.5, 0.5, 0.5]))
     actions = [policy.act(observation()), *(policy.act(other) for _ in range(5))]
@@ -226,6 +226,7 @@ def test_training_starts_from_a_policy(trained_once: Path, tmp_path: Path) -> No
         f"training.init_from={trained_once}",
         "model.pretrained_backbone=true",
         "training.steps=5",
+        "data.validation_fraction=0",
     )
     out = run("--config", path, "data.fps=10").stdout  # torchvision's weights are not fetched
     assert (
@@ -260,7 +261,7 @@ def test_the_card_says_what_it_was_trained_on(trained_once: Path) -> None:
         "12 steps on 2 recordings: 2 episodes, 2 s, at 20 Hz",
         "Held out: 1 recordings, 1 s. mean L1 in standard deviations: ",
         "| state | 3: `a`, `b`, `c` |",
-        "| picture `color` | `/camera`, recorded at 64x48, seen at 64x48",
+        "| picture `color` | `/camera`, recorded at 64x48, seen at 48x32",
         "**Absolute**",
         "from_pretrained(",
         "Policy.load(",

@@ -17,6 +17,7 @@ from test_train import SCRIPT, logged, tiny, trained
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 # few steps: rounding differs, and sooner or later a ReLU or the sign of an error falls to the other side
 SETTINGS = ("model.dropout=0", "training.steps=6", "training.save_every=3", "training.log_every=1")
+QUICK = (*SETTINGS, "data.cameras={}", "training.steps=100000")
 
 
 def start(*arguments: str | Path) -> subprocess.Popen[str]:
@@ -44,7 +45,7 @@ def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
 
 
 def test_two_processes_train_as_one_with_twice_the_batch(tmp_path: Path) -> None:
-    path = tiny(recorded(tmp_path), *SETTINGS, "training.evaluate_every=3")
+    path = tiny(recorded(tmp_path), *SETTINGS, "data.validation_fraction=0")
     one = trained(path, f"output_dir={tmp_path}/one", "training.batch_size=4")
     out = run("--config", path, f"output_dir={tmp_path}/two", "training.batch_size=2")
     assert out.count("training: ") == 1 and out.count("policy: ") == 1, "one of them speaks"
@@ -64,7 +65,7 @@ def test_two_processes_train_as_one_with_twice_the_batch(tmp_path: Path) -> None
 
 
 def test_a_stop_of_one_stops_all_at_the_same_step(tmp_path: Path) -> None:
-    path = tiny(recorded(tmp_path), *SETTINGS, "training.steps=4000")
+    path = tiny(recorded(tmp_path), *QUICK)
     process = start("--config", path)
     wait_for(tmp_path / "run/checkpoint_000003", process)
     os.kill(children(process)[-1], signal.SIGTERM)
@@ -76,7 +77,7 @@ def test_a_stop_of_one_stops_all_at_the_same_step(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_process_that_is_killed_ends_the_other(tmp_path: Path, victim: int) -> None:
-    path = tiny(recorded(tmp_path), *SETTINGS, "training.steps=4000")
+    path = tiny(recorded(tmp_path), *QUICK)
     process = start("--config", path)
     wait_for(tmp_path / "run/checkpoint_000003", process)
     os.kill(children(process)[victim], signal.SIGKILL)

@@ -1,5 +1,7 @@
 """Training as a user runs it: from recordings to a checkpoint, killed and resumed, and what it says when it cannot."""
 
+import contextlib
+import io
 import json
 import os
 import shutil
@@ -9,6 +11,8 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
+from unittest import mock
 
 import pytest
 import torch
@@ -27,6 +31,7 @@ from ranks import Ranks
 SCRIPT = Path(train.__file__)
 SHARED = Path(__file__).parents[3] / "shared/bags"
 TINY = (
+    "data.image_size=[32, 48]",
     "model.dim_model=32",
     "model.n_heads=2",
     "model.dim_feedforward=32",
@@ -47,11 +52,29 @@ def tiny(folder: Path, *overrides: str) -> Path:
     return path
 
 
-def run(*arguments: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run([sys.executable, SCRIPT, *map(str, arguments)], capture_output=True, text=True, cwd="/")
-    assert "Traceback" not in done.stderr, done.stderr
-    assert not check or done.returncode == 0, done.stderr
-    return done
+class Done(NamedTuple):
+    """A script that ended."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def run(*arguments: str | Path, check: bool = True) -> Done:
+    """train.py with arguments, in this process: importing torch anew would take as long as the training."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    handler = signal.getsignal(signal.SIGTERM)
+    command = mock.patch.object(sys, "argv", [str(SCRIPT), *map(str, arguments)])
+    with command, contextlib.chdir("/"), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            train.main()
+        except SystemExit as ended:
+            assert isinstance(ended.code, int), ended.code
+            code = ended.code
+        finally:
+            signal.signal(signal.SIGTERM, handler)
+    assert not check or code == 0, err.getvalue()
+    return Done(code, out.getvalue(), err.getvalue())
 
 
 def trained(path: Path, *overrides: str) -> Path:
@@ -75,32 +98,32 @@ def assert_bit_equal(one: Path, other: Path) -> None:
 
 
 def test_from_recordings_to_a_policy(tmp_path: Path) -> None:
-    path = tiny(recorded(tmp_path), "training.steps=60", "training.lr=1e-3")
+    path = tiny(recorded(tmp_path), "training.steps=40", "training.lr=1e-3")
     dry = run("training.steps=70", "--dry-run", "--config", path, "data.fps=20")
     assert "2 recordings, 2 episodes" in dry.stdout and "cache" in dry.stdout and not (tmp_path / "run").exists()
     done = run("--config", path)
-    last = tmp_path / "run/checkpoint_000060"
+    last = tmp_path / "run/checkpoint_000040"
     assert f"policy: {last}/pretrained_model" in done.stdout
     best = json.loads((tmp_path / "run/best.json").read_text())
     assert {p.name for p in (tmp_path / "run").glob("checkpoint_*")} == {
-        *(f"checkpoint_{n:06d}" for n in (50, 55, 60)),
+        *(f"checkpoint_{n:06d}" for n in (30, 35, 40)),
         best["checkpoint"],
     }, "the newest three, and the best"
     validated = [
         line["validation_l1"] for line in logged(tmp_path / "run") if line["step"] % 5 == 0 and "validation_l1" in line
     ]
-    assert len(validated) == 12 and best["validation_l1"] == min(validated), "each checkpoint is validated"
+    assert len(validated) == 8 and best["validation_l1"] == min(validated), "each checkpoint is validated"
     assert (tmp_path / f"run/evaluation/{best['checkpoint']}/evaluation.json").exists()
     losses = [line["loss"] for line in logged(tmp_path / "run") if "loss" in line]
-    assert len(losses) == 15 and losses[-1] < 0.7 * losses[0]
+    assert len(losses) == 10 and losses[-1] < 0.7 * losses[0]
     line = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[0])
     assert set(line) == {"step", "loss", "l1", "kl", "grad_norm", "lr", "steps_per_s", "waiting_for_data"}
     assert load(tmp_path / "run/config.yaml") == load(path), "what ran stands beside what came out"
 
     robot = json.loads((last / "pretrained_model/robot.json").read_text())
-    assert robot["state"]["names"] == ["a", "b", "c"] and robot["fps"] == 20 and robot["step"] == 60
+    assert robot["state"]["names"] == ["a", "b", "c"] and robot["fps"] == 20 and robot["step"] == 40
     assert robot["action"] == {"names": ["a", "b", "c"], "from": "next_state", "as": "absolute"}
-    assert robot["cameras"] == {"color": {"topic": "/camera", "height": 48, "width": 64, "recorded": [[48, 64]]}}
+    assert robot["cameras"] == {"color": {"topic": "/camera", "height": 32, "width": 48, "recorded": [[48, 64]]}}
     assert len(robot["recordings"]["train"]) == 2 and len(robot["recordings"]["validation"]) == 1
 
 
@@ -109,7 +132,7 @@ def test_the_loaded_policy_is_the_trained_one(tmp_path: Path) -> None:
     data = load_dataset(config)
     last = train.train(config, data)
     policy = Policy.load(last / "pretrained_model")
-    batch = data.validation.gather(torch.arange(4).numpy(), 10, (48, 64))
+    batch = data.validation.gather(torch.arange(4).numpy(), 10, (32, 48))
     assert batch.images is not None
     chunk = policy.predict(batch.state, batch.images)
     assert chunk.shape == (4, 10, 3) and chunk.isfinite().all()
@@ -122,28 +145,29 @@ def test_the_loaded_policy_is_the_trained_one(tmp_path: Path) -> None:
         Policy.load(last / "pretrained_model")
 
 
-@pytest.mark.parametrize("step", [3, 7])
-def test_stopping_and_going_on_changes_no_bit(tmp_path: Path, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stopping_and_going_on_changes_no_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_num_threads(2)
     path = tiny(recorded(tmp_path), "training.schedule=cosine", "training.warmup_steps=3")
     whole = trained(path, f"output_dir={tmp_path}/whole")
     rates = train._set_rates
+    for step in (3, 7):
+        place = f"output_dir={tmp_path}/stopped_at_{step}"
 
-    def interrupt(optimizer: torch.optim.Optimizer, settings: train.Training, at: int) -> None:
-        rates(optimizer, settings, at)
-        if at == step:
-            signal.raise_signal(signal.SIGTERM)
+        def interrupt(optimizer: torch.optim.Optimizer, settings: train.Training, at: int, step: int = step) -> None:
+            rates(optimizer, settings, at)
+            if at == step:
+                signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr(train, "_set_rates", interrupt)
-    with pytest.raises(Stopped, match=f"stopped at step {step}"):
-        trained(path)
-    monkeypatch.undo()
-    assert_bit_equal(whole, trained(path))
+        monkeypatch.setattr(train, "_set_rates", interrupt)
+        with pytest.raises(Stopped, match=f"stopped at step {step}"):
+            trained(path, place)
+        monkeypatch.undo()
+        assert_bit_equal(whole, trained(path, place))
     torch.set_num_threads(1)
 
 
 def test_killed_at_any_moment_it_goes_on_from_the_last_checkpoint(tmp_path: Path) -> None:
-    path = tiny(recorded(tmp_path), "training.steps=40")
+    path = tiny(recorded(tmp_path), "training.steps=25", "data.validation_fraction=0")
     whole = trained(path, f"output_dir={tmp_path}/whole")
     process = subprocess.Popen(
         [sys.executable, SCRIPT, "--config", path, "training.steps=4000"], stderr=subprocess.DEVNULL
@@ -153,12 +177,12 @@ def test_killed_at_any_moment_it_goes_on_from_the_last_checkpoint(tmp_path: Path
     process.kill()
     process.wait()
     newest = run_folder.newest_checkpoint(tmp_path / "run")
-    assert newest is not None and newest.name < "checkpoint_000040"
+    assert newest is not None and newest.name < "checkpoint_000025"
     (tmp_path / "run/.checkpoint_000015.tmp").mkdir(exist_ok=True)  # as if it had died while writing
     with (tmp_path / "run/metrics.jsonl").open("a") as log:
         log.write('{"step": 9, "lo')
     assert f"going on from {newest}" in run("--config", path).stdout
-    assert_bit_equal(whole, tmp_path / "run/checkpoint_000040")
+    assert_bit_equal(whole, tmp_path / "run/checkpoint_000025")
     assert not list((tmp_path / "run").glob(".*"))
 
 
