@@ -20,9 +20,10 @@ LZ4_SUMS, ZSTD_SUM = (
     0b10100,
     0b100,
 )  # bits of the frames' descriptors: LZ4's block and content checksums, zstd's checksum
-UNPACK: dict[str, Callable[[bytes], bytes]] = {
-    "": bytes,
-    "none": bytes,
+Packed = bytes | memoryview
+UNPACK: dict[str, Callable[[Packed], Packed]] = {
+    "": lambda packed: packed,
+    "none": lambda packed: packed,
     "lz4": lz4.frame.decompress,
     "zstd": zstd.decompress,
     "bz2": bz2.decompress,
@@ -44,7 +45,7 @@ class Entry(NamedTuple):
     offset: int  # within its chunk, unpacked
 
 
-def unpack(packing: str, packed: bytes, size: int, at: int) -> bytes:
+def unpack(packing: str, packed: Packed, size: int, at: int) -> Packed:
     """The content of a chunk that stands at a byte of its file and should be of some size. Raises Damage."""
     if packing not in UNPACK:
         raise Damage(at, f"a chunk packed by {packing!r}")
@@ -57,7 +58,7 @@ def unpack(packing: str, packed: bytes, size: int, at: int) -> bytes:
     return raw
 
 
-def sum_of(packing: str, packed: bytes) -> str:
+def sum_of(packing: str, packed: Packed) -> str:
     """The checksum that a packing brings along, in words."""
     if packing == "bz2":
         return "bz2's CRCs"
@@ -66,6 +67,6 @@ def sum_of(packing: str, packed: bytes) -> str:
     return zstd_sum(packed) if packing == "zstd" else NO_SUM
 
 
-def zstd_sum(frame: bytes) -> str:
+def zstd_sum(frame: Packed) -> str:
     """The checksum of a zstd frame, in words."""
     return "zstd's checksum" if len(frame) > 4 and frame[4] & ZSTD_SUM else NO_SUM

@@ -22,9 +22,12 @@ class Layout(NamedTuple):
     length: int
     fixed: tuple[tuple[int, int, bytes], ...]  # from, to, what stands there
 
-    def fits(self, raw: bytes) -> bool:
-        """Whether a message is of this layout: it then parses as the first one did."""
-        return len(raw) == self.length and all(raw[start:stop] == content for start, stop, content in self.fixed)
+    def fits(self, rows: np.ndarray) -> np.ndarray:
+        """Which of some messages of this length, (M, length) uint8, are of this layout: they then parse as the first did."""
+        fits = np.ones(len(rows), bool)
+        for start, stop, content in self.fixed:
+            fits &= (rows[:, start:stop] == np.frombuffer(content, np.uint8)).all(axis=1)
+        return fits
 
 
 class Numbers(NamedTuple):
@@ -34,9 +37,10 @@ class Numbers(NamedTuple):
     size: int
     dtype: np.dtype[Any]
 
-    def of(self, raw: bytes) -> np.ndarray:
-        """(K,) of one message."""
-        return np.frombuffer(raw, self.dtype, self.size, self.offset)
+    def of(self, rows: np.ndarray) -> np.ndarray:
+        """(M, K) of M messages, (M, length) uint8."""
+        stop = self.offset + self.size * self.dtype.itemsize
+        return np.ascontiguousarray(rows[:, self.offset : stop]).view(self.dtype)
 
 
 def layout_of(raw: bytes, content: Any) -> Layout | None:
@@ -49,10 +53,10 @@ def layout_of(raw: bytes, content: Any) -> Layout | None:
     return Layout(len(raw), tuple((a, b, raw[a:b]) for a, b in zip(edges[::2], edges[1::2], strict=True)))
 
 
-def stamp_ns(raw: bytes) -> int:
-    """The header's stamp of a message that fits a layout."""
-    seconds, nanoseconds = STAMP.unpack_from(raw, STAMP_AT)
-    return int(seconds * 10**9 + nanoseconds)
+def stamps_ns(rows: np.ndarray) -> np.ndarray:
+    """The headers' stamps (M,) int64 of messages that fit a layout, (M, length) uint8."""
+    seconds = np.ascontiguousarray(rows[:, STAMP_AT : STAMP_AT + 4]).view("<i4")[:, 0].astype(np.int64)
+    return seconds * 10**9 + np.ascontiguousarray(rows[:, STAMP_AT + 4 : STAMP_AT + STAMP.size]).view("<u4")[:, 0]
 
 
 def numbers_of(raw: bytes, array: Any) -> Numbers | None:

@@ -12,9 +12,10 @@ import numpy as np
 from bags import Bag, Message, read_messages
 from config import Signal
 from faults import Fault
-from layout import Layout, Numbers, layout_of, numbers_of, stamp_ns
+from layout import Layout, Numbers, layout_of, numbers_of, stamps_ns
 
 MAX_SKEW_NS = 1_000_000_000  # a header stamp this far from its receive stamp is of another clock
+BLOCK = 1024  # messages of one length that are looked at together
 LAYOUTS = 16  # of a topic to learn: one whose messages all differ, as by a changing order of joints, has none
 JOINT_STATE, TRAJECTORY = "sensor_msgs/msg/JointState", "trajectory_msgs/msg/JointTrajectory"
 IMAGES = ("sensor_msgs/msg/Image", "sensor_msgs/msg/CompressedImage")
@@ -44,7 +45,9 @@ def read_series(bag: Bag, signals: Collection[Signal], cameras: Collection[str])
             topics[message.topic].add(message)
     except Fault as fault:
         faults += fault.args
-    faults += [fault for one in topics.values() for fault in one.faults]
+    for one in topics.values():
+        one.settle()
+        faults += one.faults
     if faults:
         raise Fault(*faults)
     series = {}
@@ -97,15 +100,39 @@ class _Topic:
         self.receive, self.header = array("q"), array("q")
         self.faults: list[str] = []  # one for each signal is enough
         self.layout: Layout | None = None
+        self.alike: list[Message] = []  # put by, fewer than BLOCK
         self.parsed = 0
 
     def add(self, message: Message) -> None:
         self.receive.append(message.receive_ns)
-        if self.layout and self.layout.fits(message.raw):
-            self.header.append(stamp_ns(message.raw))
+        self._add(message)
+
+    def _add(self, message: Message) -> None:
+        """Put a message by if it has the length of the layout that is known, else parse it."""
+        if self.layout and len(message.raw) == self.layout.length:
+            self.alike.append(message)
+            if len(self.alike) == BLOCK:
+                self.settle()
+        else:
+            self.settle()
+            self._parse(message)
+
+    def settle(self) -> None:
+        """Take the numbers of the messages that were put by, as far as they are of the layout; parse the others."""
+        while self.layout and self.alike:
+            block, self.alike = self.alike, []
+            rows = np.frombuffer(b"".join(message.raw for message in block), np.uint8).reshape(len(block), -1)
+            fits = self.layout.fits(rows)
+            count = len(block) if fits.all() else int(fits.argmin())
+            self.header.frombytes(stamps_ns(rows[:count]).tobytes())
             for picked in self.picked:
-                picked.add_like_the_last(message.raw)
-            return
+                picked.add_alike(rows[:count])
+            if count < len(block):
+                self._parse(block[count])
+                for message in block[count + 1 :]:
+                    self._add(message)
+
+    def _parse(self, message: Message) -> None:
         if self.faults:
             return
         try:
@@ -145,10 +172,10 @@ class _Picked:
         self.place = numbers_of(raw, self.array)
         return self.place is not None
 
-    def add_like_the_last(self, raw: bytes) -> None:
-        """A message of the layout of the last one that was parsed."""
+    def add_alike(self, rows: np.ndarray) -> None:
+        """Messages of the layout of the last one that was parsed, (M, length) uint8."""
         assert self.place and self.order is not None
-        self.rows.frombytes(self.place.of(raw)[self.order].astype(np.float64, copy=False).tobytes())
+        self.rows.frombytes(self.place.of(rows)[:, self.order].astype(np.float64).tobytes())
 
     def add(self, message: Message, content: Any) -> None:
         before, row = self.names, self._pick(message, content)

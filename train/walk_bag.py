@@ -66,7 +66,7 @@ def walk_bag(file: Path, sums: Counter[str]) -> None:
                 header = _number(record, "index_pos", 8), _number(record, "conn_count"), _number(record, "chunk_count")
             elif kind == CHUNK:
                 packing = record.fields.get("compression", b"").decode("latin-1")
-                raw = unpack(packing, record.body, _number(record, "size"), at)
+                raw = bytes(unpack(packing, record.body, _number(record, "size"), at))
                 sums[sum_of(packing, record.body)] += 1
                 chunk = _chunk(raw, at, definitions)
                 told[at] = Counter(entry.channel for entry in chunk.messages), chunk.span

@@ -44,7 +44,9 @@ def walk_mcap(file: Path, sums: Counter[str]) -> None:
         if content.read(len(MAGIC)) != MAGIC:
             raise Damage(0, "it does not begin as an MCAP file does")
         data, summary = _Data(sums), _Summary()
+        summed = _has_data_crc(content, end)
         data_crc, summary_crc, summary_at, last = crc32(MAGIC), 0, 0, 0
+        content.seek(len(MAGIC))
         for at, kind, body in _records(content, len(MAGIC), end):
             if last == FOOTER or (last == 0) != (kind == HEADER) or (kind == DATA_END and summary_at):
                 raise Damage(at, f"a record of type {kind}, out of its place")
@@ -52,7 +54,7 @@ def walk_mcap(file: Path, sums: Counter[str]) -> None:
             if kind == DATA_END:
                 data.close_chunk(at)
                 (written,) = _read("<I", body, at)
-                if _checked("data", written, data_crc, at):
+                if summed and _checked("data", written, data_crc, at):
                     sums["CRC of the data"] += 1
                 summary_at = at + HEAD.size + len(body)
             elif kind == FOOTER:
@@ -66,7 +68,8 @@ def walk_mcap(file: Path, sums: Counter[str]) -> None:
                 summary_crc = crc32(body, crc32(head, summary_crc))
                 summary.add(at, kind, body, data)
             else:
-                data_crc = crc32(body, crc32(head, data_crc))
+                if summed:
+                    data_crc = crc32(body, crc32(head, data_crc))
                 data.add(at, kind, body)
         if last != FOOTER:
             raise Damage(end, "the footer is missing")
@@ -75,6 +78,16 @@ def walk_mcap(file: Path, sums: Counter[str]) -> None:
             del sums[NO_SUM]
         elif data.counts and not data.chunks:
             sums[NO_SUM] += 1
+
+
+def _has_data_crc(content: BinaryIO, end: int) -> bool:
+    """Whether there may be a checksum over all the data, which takes as long as reading it: by the record before the summary."""
+    length = HEAD.size + 20
+    content.seek(max(0, end - length))
+    footer = content.read(length)
+    start = _read("<Q", footer, end, HEAD.size)[0] or end - length
+    content.seek(max(0, min(start, end) - 4))
+    return content.read(4) != bytes(4)
 
 
 def _records(content: BinaryIO, start: int, end: int) -> Iterator[tuple[int, int, bytes]]:
@@ -148,7 +161,7 @@ class _Data:
     def _open_chunk(self, at: int, body: bytes) -> None:
         first, last, size, crc, length = _read("<QQQII", body, at)
         (packed_size,) = _read("<Q", body, at, 32 + length)
-        packing, packed = body[32 : 32 + length].decode("latin-1"), body[40 + length :]
+        packing, packed = body[32 : 32 + length].decode("latin-1"), memoryview(body)[40 + length :]
         if len(packed) != packed_size:
             raise Damage(at, f"a chunk of {len(packed)} packed bytes that says {packed_size}")
         raw = unpack(packing, packed, size, at)
@@ -161,7 +174,7 @@ class _Data:
             raise Damage(at, f"a chunk of messages from {min(times)} to {max(times)} ns that says {first} to {last}")
         self.open = ChunkIndex(first, last, at, HEAD.size + len(body), {}, 0, packing, packed_size, size)
 
-    def _messages(self, raw: bytes, at: int) -> Iterator[Entry]:
+    def _messages(self, raw: bytes | memoryview, at: int) -> Iterator[Entry]:
         """Of a chunk that stands at a byte of the file."""
         offset, size = 0, len(raw)
         while offset < size:
@@ -176,7 +189,7 @@ class _Data:
                 self._count(at, channel)
                 yield Entry(channel, time, offset)
             elif kind in (SCHEMA, CHANNEL):
-                self.define(at, kind, raw[begin : begin + length])
+                self.define(at, kind, bytes(raw[begin : begin + length]))
             elif kind < PRIVATE:
                 raise Damage(at, f"a record of type {kind} and {length} bytes within a chunk")
             offset = begin + length

@@ -1,18 +1,21 @@
-"""From bags to a ready cache, against bare decoding of the same pictures on two threads, in turn.
+"""From bags to a ready cache, against bare decoding of the same pictures on two threads, in turn; then inspecting them.
 
     python benchmarks/read_bags.py                 1 GB of JPEG bags: 640x480 pictures at 30 Hz, joints at 100 Hz
     python benchmarks/read_bags.py --joint-hz 500  joints as fast as a UR10e's driver can send them
 
 Bare is cv2.imdecode and cv2.resize to the training size, BGR as they come, of pictures that lie in memory, on two threads that
 share nothing. Ours finds the bag, checks it, reads the joints, aligns, decodes to RGB, resizes and writes the cache. Each bag
-is done by both, one after the other, in an order that changes from bag to bag; the rates are over all bags. It needs disk for the
+is done by both, one after the other, in an order that changes from bag to bag; the rates are over all bags. Then
+inspect_bags.py and train.py --dry-run run on all bags, each in a process of its own, whose greatest memory is told. It needs disk for the
 bags and four times their size for the cache, in the temporary folder (TMPDIR), and leaves nothing there.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import shutil
+import subprocess
 import sys
 import tempfile
 import threading
@@ -31,6 +34,7 @@ from recordings import CAMERA, JOINTS, START, STATE, STORES, joint_state, make
 from config import load
 from dataset import load_dataset
 
+TRAIN = Path(__file__).parents[1]
 BAGS, SIZE, PICTURES = 8, (240, 320), 64
 TYPES = {STATE: "sensor_msgs/msg/JointState", CAMERA: "sensor_msgs/msg/CompressedImage"}
 
@@ -84,23 +88,40 @@ def bare(bag: Path) -> tuple[float, int]:
     return time.perf_counter() - start, len(jpegs)
 
 
-def ours(bag: Path, cache: Path) -> tuple[float, int]:
-    """Seconds from the bag to its cache, and how many pictures are in it."""
-    settings = [
-        f"data.bag_dir={bag}",
+def settings(bags: Path, cache: Path) -> list[str]:
+    """A configuration for them."""
+    return [
+        f"data.bag_dir={bags}",
         f"data.cache_dir={cache}",
         f"data.cameras={{color: {CAMERA}}}",
         f"data.image_size={list(SIZE)}",
         f"data.state=[{{topic: {STATE}, joints: {list(JOINTS)}}}]",
         "data.validation_fraction=0",
     ]
-    config = load(None, settings)
+
+
+def ours(bag: Path, cache: Path) -> tuple[float, int]:
+    """Seconds from the bag to its cache, and how many pictures are in it."""
+    config = load(None, settings(bag, cache))
     start = time.perf_counter()
     dataset = load_dataset(config)
     elapsed = time.perf_counter() - start
     frames = int(dataset.train.frames["color"].row.max()) + 1
     shutil.rmtree(cache)
     return elapsed, frames
+
+
+def script(name: str, *arguments: str | Path) -> str:
+    """Seconds and greatest memory of a script, in words."""
+    start, most = time.perf_counter(), 0
+    command = [sys.executable, str(TRAIN / name), *map(str, arguments)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None:
+        found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{process.pid}/status").read_text())
+        most = max(most, int(found[1]) if found else 0)
+        time.sleep(0.02)
+    assert process.returncode == 0, command
+    return f"{time.perf_counter() - start:.1f} s, {most * 1.024e-3:.0f} MB"
 
 
 def main() -> None:
@@ -124,12 +145,21 @@ def main() -> None:
             rate = {name: count / seconds for name, (seconds, count) in times.items()}
             ratios.append(rate["ours"] / rate["bare"])
             print(f"bag {i}: {rate['bare']:6.0f} pictures/s bare, {rate['ours']:6.0f} to the cache, {ratios[-1]:.0%}")
+        configured = settings(Path(folder), Path(folder, "cache"))
+        scripts = {
+            "inspected, without pictures": script("inspect_bags.py", folder, "--no-pictures"),
+            "inspected by a configuration, without pictures": script("inspect_bags.py", "--no-pictures", *configured),
+            "inspected, with pictures": script("inspect_bags.py", folder),
+            "read for training": script("train.py", "--dry-run", *configured),
+        }
     rate = {name: count / seconds for name, (seconds, count) in totals.items()}
     print(
         f"{size / 1e9:.2f} GB, {totals['ours'][1]:.0f} pictures of {np.mean([f.size for f in frames]) / 1e3:.0f} kB: bare "
         f"{rate['bare']:.0f} pictures/s, to the cache {rate['ours']:.0f} ({size / totals['ours'][0] / 1e6:.0f} MB/s of bags), "
         f"{rate['ours'] / rate['bare']:.0%} of bare; by bag {min(ratios):.0%} to {max(ratios):.0%}"
     )
+    for what, figures in scripts.items():
+        print(f"{what}: {figures}")
 
 
 if __name__ == "__main__":
