@@ -101,17 +101,17 @@ def test_our_checkpoint_acts_the_same_in_lerobot(lerobot_python: str, tmp_path: 
         wrist = [("/wrist", kind, stamp, content) for topic, kind, stamp, content in messages if topic == "/camera"]
         write(tmp_path / f"bags/{i}", sorted(messages + wrist, key=lambda message: message[2]))
     cameras = "data.cameras={color: /camera, wrist: /wrist}"
-    config = load(
-        tiny(tmp_path, cameras, f"data.action.from=[{{topic: {COMMAND}, joints: [c, a]}}]", f"model.use_vae={use_vae}")
-    )
+    commands = f"data.action.from=[{{topic: {COMMAND}, joints: [c, a]}}]"
+    as_recorded = "data.image_size=[48, 64]"  # LeRobot does not resize: both are given the same pictures
+    config = load(tiny(tmp_path, cameras, commands, as_recorded, f"model.use_vae={use_vae}"))
     folder = train.train(config, load_dataset(config)) / "pretrained_model"
-    state, images = torch.randn(3, 3), torch.randint(256, (3, 2, 48, 64, 3), dtype=torch.uint8)
+    state, images = torch.randn(3, 3), torch.randint(256, (3, 2, *config.data.image_size, 3), dtype=torch.uint8)
     save_file(as_lerobot(state, images, ["color", "wrist"]), tmp_path / "observation")
     theirs, _ = run_lerobot(lerobot_python, "load", folder, tmp_path / "observation", tmp_path / "out")
     assert theirs["action"].shape == (3, 10, 2)
     torch.testing.assert_close(Policy.load(folder).predict(state, images), theirs["action"], atol=1e-5, rtol=0)
     assert (folder / "README.md").exists(), "the model card, which LeRobot ignores"
-    states, pictures = a_robots_day(3, 2, 48, 64)
+    states, pictures = a_robots_day(3, 2, *config.data.image_size)
     save_file(as_lerobot(states, pictures, ["color", "wrist"]), tmp_path / "day")
     for coefficient in (None, 0.01):
         theirs, _ = run_lerobot(
