@@ -19,6 +19,10 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from config import Model
 
+# MKL's vector functions choose their accuracy at the first call of a process: made by two threads at once, one of them may
+# work to 1e-4 alone, and no two runs are alike. So the first call is made here.
+torch.zeros(1).sin()
+
 
 class ACTOutput(NamedTuple):
     """What the network says: a normalised chunk and, from the VAE encoder in training, the latent's distribution."""
