@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import apsw
 import yaml
 from rosbags import rosbag1, rosbag2
 from rosbags.interfaces import Connection, MessageDefinitionFormat
@@ -30,7 +31,22 @@ UNREADABLE = {
     ".active": "the recorder did not finish it; `rosbag reindex` it and drop the .active",
     ".zst": "unpack it first: `zstd -d`",
 }
+# alike in every release, and with fields that are named here: another definition of them is a damaged one
+SETTLED = {
+    *(f"sensor_msgs/msg/{name}" for name in ("JointState", "Image", "CompressedImage")),
+    *(f"trajectory_msgs/msg/{name}" for name in ("JointTrajectory", "JointTrajectoryPoint")),
+    *("std_msgs/msg/Header", "builtin_interfaces/msg/Time", "builtin_interfaces/msg/Duration"),
+}
 REMEDIES = {".mcap": "`mcap recover`", ".db3": "`sqlite3 ... .recover`", ".bag": "`rosbag reindex`"}
+
+
+def _hide_undefined(database: apsw.Connection) -> None:
+    """rosbags fails on the encoding, "unknown" or none, by which recorders say that they found no definition of a type."""
+    known = "SELECT * FROM main.message_definitions WHERE encoding IN ('ros2msg', 'ros2idl')"
+    database.execute(f"CREATE TEMP VIEW message_definitions AS {known}")
+
+
+apsw.connection_hooks.append(_hide_undefined)
 
 
 class Bag(NamedTuple):
@@ -104,12 +120,19 @@ def find_bags(folder: Path) -> tuple[list[Bag], list[str]]:
 
 
 def _files(folder: Path) -> list[Path]:
-    """All files below a folder, through links, without what is hidden."""
-    found = []
+    """All files below a folder, through links, without what is hidden; each once, though `latest` may lead to it, too."""
+    found: dict[str, Path] = {}
+    seen: set[str] = set()
     for parent, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [Path(parent, name) for name in files if not name.startswith(".")]
-    return sorted(found)
+        links_last = sorted((Path(parent, name) for name in (*folders, *files)), key=Path.is_symlink)
+        shown = [path for path in links_last if not path.name.startswith(".")]
+        here, below = os.path.realpath(parent), set(folders)
+        folders[:] = [path.name for path in shown if path.name in below and here not in seen]
+        seen.add(here)
+        for path in shown:
+            if path.name not in below:
+                found.setdefault(os.path.realpath(path), path)
+    return sorted(found.values())
 
 
 def _is_storage(path: Path) -> bool:
@@ -132,7 +155,7 @@ def _described_bag(metadata: Path, name: str) -> Bag:
         raise Fault(
             f"{metadata}: names {', '.join(missing) or 'no file'}, which is not there; copy the whole recording, or {advice}"
         )
-    if unlisted := [path.name for path in _files(metadata.parent) if _is_storage(path) and path not in files]:
+    if unlisted := [path.name for path in sorted(metadata.parent.iterdir()) if _is_storage(path) and path not in files]:
         raise Fault(f"{metadata}: does not name {', '.join(unlisted)}, which lies beside it; move it away, or {advice}")
     return Bag(name, files, declared)
 
@@ -167,19 +190,24 @@ def read_messages(bag: Bag, topics: Collection[str]) -> Iterator[Message]:
             faults.append(f"{bag.name}: {topic}: no such topic; topics that are there: {there}")
         elif len(seen[topic]) > 1:
             faults.append(f"{bag.name}: {topic}: carries two types, {' and '.join(sorted(seen[topic]))}; expected one")
-        elif read[topic] != stored[topic]:
-            faults.append(
-                f"{bag.name}: {topic}: {read[topic]} messages read, {stored[topic]} stored; the file is damaged"
-            )
-        elif bag.declared and read[topic] != bag.declared.get(topic, 0):
-            faults.append(
-                f"{bag.name}: {topic}: {read[topic]} messages read, metadata.yaml declares "
-                f"{bag.declared.get(topic, 0)}; if the storage is right, `ros2 bag reindex` the folder"
-            )
+        elif wrong := miscounted(bag, topic, read[topic], stored[topic]):
+            faults.append(wrong)
         elif not read[topic]:
             faults.append(f"{bag.name}: {topic}: holds no message; record it again or leave the recording out")
     if faults:
         raise Fault(*faults)
+
+
+def miscounted(bag: Bag, topic: str, read: int, stored: int) -> str:
+    """In words, that another number of messages came than the storage counts, or metadata.yaml declares; else nothing."""
+    if read != stored:
+        return f"{bag.name}: {topic}: {read} messages read, {stored} stored; the file is damaged: copy it again"
+    if bag.declared and read != bag.declared.get(topic, 0):
+        return (
+            f"{bag.name}: {topic}: {read} messages read, metadata.yaml declares {bag.declared.get(topic, 0)}; if the "
+            "storage is right, `ros2 bag reindex` the folder"
+        )
+    return ""
 
 
 @contextmanager
@@ -216,9 +244,8 @@ def _opened(file: Path) -> Iterator[rosbag1.Reader | rosbag2.Reader]:
             reader = rosbag1.Reader(plain) if plain.suffix == ".bag" else rosbag2.Reader(plain)
             reader.open()
         except Exception as error:  # the library raises whatever a damaged file provokes
-            remedy = REMEDIES.get(plain.suffix, f"one of {', '.join(STORAGES)}")
             raise Fault(
-                f"{file}: cannot be opened ({_brief(error)}); copy it again, try {remedy}, or remove it"
+                f"{file}: cannot be opened ({_brief(error)}); copy it again, try {_remedy(file)}, or remove it"
             ) from None
         try:
             if odd := [c for c in reader.connections if not (isinstance(c.topic, str) and isinstance(c.msgtype, str))]:
@@ -259,26 +286,39 @@ def _guarded(messages: Any, file: Path) -> Iterator[tuple[Connection, int, bytes
                 raise ValueError(f"a message of {connection.topic} that is a {type(raw).__name__} at {receive_ns!r}")
             yield connection, receive_ns, raw
     except Exception as error:
-        raise Fault(f"{file}: cannot be read to its end ({_brief(error)}); copy it again or remove it") from None
+        raise Fault(
+            f"{file}: cannot be read to its end ({_brief(error)}); copy it again, try {_remedy(file)}, or remove it"
+        ) from None
+
+
+def _remedy(file: Path) -> str:
+    """A tool that mends such a file."""
+    suffix = Path(file.name.removesuffix(".zstd")).suffix
+    return REMEDIES.get(suffix, f"one of {', '.join(STORAGES)}")
 
 
 def _decoders(file: Path, connections: list[Connection], ros1: bool) -> dict[int, tuple[str, Callable[[bytes], Any]]]:
     """By connection, its type and a function from a raw message to its content.
 
-    Standard types are known; others come from the bag's definitions.
+    Types come from the bag's definitions; standard ones that it does not define, and SETTLED, from ROS 2 Humble or ROS 1 Noetic.
     """
     store = get_typestore(Stores.ROS1_NOETIC if ros1 else Stores.ROS2_HUMBLE)
     for connection in connections:
         name, definition = full_name(connection.msgtype), connection.msgdef
-        if name in store.fielddefs:
+        if name in SETTLED:
             continue
         try:
             if definition.format == MessageDefinitionFormat.NONE:
                 raise ValueError("the bag holds no definition of it")
             idl = definition.format == MessageDefinitionFormat.IDL
             found = get_types_from_idl(definition.data) if idl else get_types_from_msg(definition.data, name)
+            standard = found.keys() & store.fielddefs.keys()
+            for key in standard - SETTLED:  # they grow from release to release
+                del store.fielddefs[key], store.types[key]
             store.register({key: value for key, value in found.items() if key not in store.fielddefs})
         except Exception as error:
+            if name in store.fielddefs:
+                continue
             raise Fault(
                 f"{file}: {connection.topic}: its type {name} cannot be understood ({_brief(error)}); "
                 "record it with its definition, or leave the topic out"

@@ -172,9 +172,15 @@ def load_dataset(config: Config, held_out: Collection[str] | None = None) -> Dat
         except Fault as fault:
             left_out.append(fault.args)
             del folders[bag.name]
-    if left_out and (data.on_bad_bag == "fail" or not folders):
-        raise Fault(*(line for faults in left_out for line in faults))
     cached = {name: _load(folder, data) for name, folder in folders.items()}
+    holder: dict[str, str] = {}
+    for name, one in list(cached.items()):
+        if twins := {holder.setdefault(sha, name) for sha in one.meta["files"].values()} - {name}:
+            same = f"holds the same file as {', '.join(sorted(twins))} (by its SHA-256), and might judge what was trained on it"
+            left_out.append((f"{name}: {same}; remove one of them",))
+            del cached[name]
+    if left_out and (data.on_bad_bag == "fail" or not cached):
+        raise Fault(*(line for faults in left_out for line in faults))
     for key in ("state_names", "action_names"):
         found = {tuple(one.meta[key]): name for name, one in reversed(cached.items())}
         if len(found) > 1:
@@ -182,9 +188,10 @@ def load_dataset(config: Config, held_out: Collection[str] | None = None) -> Dat
             raise Fault(*(f"{name}: {key} are {', '.join(names)}; {expected}" for names, name in found.items()))
     if held_out is None:
         held_out = _held_out(list(cached), data.validation_fraction, config.training.seed)
-    elif gone := sorted(set(held_out) - set(cached)):
+    elif gone := sorted(set(held_out) - {bag.name for bag in bags}):
         raise Fault(
-            f"{data.bag_dir}: {', '.join(gone)} held out from training, no longer there; put back to judge by it"
+            f"{data.bag_dir}: {', '.join(gone)} held out from training, no longer there; put back to judge by it",
+            *(line for faults in left_out for line in faults),
         )
     first = next(iter(cached.values()))
     return Dataset(

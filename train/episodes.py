@@ -51,14 +51,14 @@ def read_recording(bag: Bag, data: Data) -> Recording:
 def cut(name: str, series: dict[str, Series], data: Data) -> Recording:
     """The episodes of a bag's topics. Raises Fault where there is none."""
     commands = data.commands
-    found = [jumps(series[signal.topic], signal) for signal in data.state]
+    found = [jumps(series[signal.topic], signal) for signal in (*data.state, *commands)]
     if spikes := [spike for some, _ in found for spike in some]:
         advice = "and back; no arm can: its driver or the file is at fault: cut the recording, or leave it out"
         raise Fault(*(f"{name}: {spike} {advice}" for spike in spikes))
     advice = (
         "and stays; no arm can: was it reset, or is it a turn of 2 pi? Cut the recording there, or unwrap the joint"
     )
-    warnings = [f"{step} {advice}" for _, some in found for step in some]
+    warnings = [f"{step} {advice}" for _, some in found[: len(data.state)] for step in some]  # a command may step
     ticks = _grid(name, series, data.fps)
     newest, fresh, notes = _newest(series, ticks, data)
     notes += _left_out(series)
@@ -124,10 +124,14 @@ def _grid(name: str, series: dict[str, Series], fps: float) -> np.ndarray:
 
 
 def _left_out(series: dict[str, Series]) -> list[str]:
-    """Which topics, by beginning late or ending early, keep the others from being used for long."""
+    """What is not used: messages of other joints, and the time in which a topic had not begun, or had ended."""
     begin = min(one.stamps[0] for one in series.values())
     end = max(one.stamps[-1] for one in series.values())
-    notes = []
+    notes = [
+        f"{topic}: {one.others} messages are of other joints alone, and left out"
+        for topic, one in sorted(series.items())
+        if one.others
+    ]
     for topic, one in sorted(series.items()):
         for word, lost in (("begins late", one.stamps[0] - begin), ("ends early", end - one.stamps[-1])):
             if lost > WORTH_SAYING_NS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import sys
@@ -48,5 +49,8 @@ def told_plainly() -> Iterator[None]:
         sys.exit(AGAIN)
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:  # whom it was told has heard enough: `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains as it ends
+        sys.exit(141)  # as a shell says SIGPIPE
     except OSError as error:
         sys.exit(f"error: {error.filename or 'a file'}: {error.strerror}; is the disk full, or the folder not yours?")

@@ -103,19 +103,26 @@ def to_rgb(message: Any, place: str, reduced: int = 1) -> np.ndarray:
 
 
 def _decompress(data: np.ndarray, kind: str, place: str, reduced: int) -> np.ndarray:
-    cut = (
-        data[:2].tobytes() == JPEG_BEGIN and data.tobytes().rfind(JPEG_END) < 0
-    )  # some decoders fill up the rest in grey
     try:
-        pixels = None if cut else cv2.imdecode(np.asarray(data), REDUCED.get(reduced, 0) | AS_IT_IS)
+        pixels = None if is_cut(data) else cv2.imdecode(np.asarray(data), REDUCED.get(reduced, 0) | AS_IT_IS)
     except cv2.error:  # an empty buffer
         pixels = None
     if pixels is None:
-        raise Fault(
-            f"{place}: {len(data)} bytes of format {kind!r} do not decode as a picture; the file is damaged or "
-            "the recorder cut it short: leave the recording out"
-        )
+        raise no_picture(data, kind, place)
     return pixels
+
+
+def is_cut(data: np.ndarray) -> bool:
+    """Whether a JPEG has no end; some decoders fill up the rest in grey."""
+    return data[:2].tobytes() == JPEG_BEGIN and data.tobytes().rfind(JPEG_END) < 0
+
+
+def no_picture(data: np.ndarray, kind: str, place: str) -> Fault:
+    """What is said of a compressed picture that does not decode."""
+    return Fault(
+        f"{place}: {len(data)} bytes of format {kind!r} do not decode as a picture; the file is damaged or the recorder "
+        "cut it short: leave the recording out"
+    )
 
 
 def _jpeg_size(data: memoryview) -> tuple[int, int] | None:

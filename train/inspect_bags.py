@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import textwrap
 from collections import Counter
@@ -105,7 +106,7 @@ def _more_lines(topic: Topic) -> Iterator[str]:
     if topic.header_minus_receive_ms and topic.clock != "header":
         yield from _wrapped(f"{topic.name}: by {topic.clock}")
     if topic.not_understood:
-        yield f"  {topic.name}: counted only, its type has no usable definition here"
+        yield f"  {topic.name}: counted only, its type has no definition here that fits"
     if topic.pictures:
         kinds = ", ".join(f"{count} x {kind}" for kind, count in topic.pictures.kinds.items())
         looked = (
@@ -166,9 +167,10 @@ def closing(verdicts: Counter[str], faults: int, configured: bool) -> str:
     return f"{sum(verdicts.values()) + faults} recordings: {', '.join(counts)}; {todo}"
 
 
-def _bags(arguments: argparse.Namespace) -> tuple[Config | None, list[Bag], list[str]]:
-    """The configuration, if one is wanted; the recordings; the faults of those that cannot be told."""
-    paths = [item for item in arguments.what if "=" not in item or is_url(item) or Path(item).exists()]
+def _bags(arguments: argparse.Namespace) -> tuple[Config | None, list[str], list[Bag], list[str]]:
+    """The configuration, if one is wanted; where recordings are; these; the faults of those that cannot be told."""
+    # Path.exists fails on a long setting
+    paths = [item for item in arguments.what if "=" not in item or is_url(item) or os.path.exists(item)]  # noqa: PTH110
     overrides = [item for item in arguments.what if item not in paths]
     config = None
     if not paths or arguments.config or overrides:
@@ -176,14 +178,15 @@ def _bags(arguments: argparse.Namespace) -> tuple[Config | None, list[Bag], list
     bags: list[Bag] = []
     faults: list[str] = []
     data = config.data if config else Data()
-    for path in paths or [data.bag_dir]:
+    places = paths or [str(data.bag_dir)]
+    for place in places:
         try:
-            place = BlobUrl(path) if isinstance(path, str) and is_url(path) else path
-            some, unread = find_bags(local_folder(place if isinstance(place, BlobUrl) else Path(place), data.cache_dir))
+            folder = local_folder(BlobUrl(place) if is_url(place) else Path(place), data.cache_dir)
+            some, unread = find_bags(folder)
             bags, faults = bags + some, faults + unread
         except Fault as fault:
             faults += [line.removeprefix("data.bag_dir: ") if paths else line for line in map(str, fault.args)]
-    return config, bags, faults
+    return config, places, bags, faults
 
 
 def main() -> None:
@@ -200,13 +203,17 @@ def main() -> None:
     with told_plainly():
         if arguments.html and not find_spec("matplotlib"):  # before what may take minutes
             raise Fault("--html: the page takes matplotlib, which is not installed: pip install matplotlib")
-        config, bags, faults = _bags(arguments)
+        config, places, bags, faults = _bags(arguments)
         if not bags or (arguments.propose and faults):
             raise Fault(*faults)
+        if arguments.propose and len(places) > 1:
+            raise Fault(
+                f"--propose: {len(places)} places; data.bag_dir is one: give the folder that holds the recordings, no more"
+            )
         if arguments.propose:
             from propose import propose  # only here
 
-            print(propose(bags), end="")
+            print(propose(bags, places[0]), end="")
             return
         verdicts: Counter[str] = Counter()
         trees: list[dict[str, Any]] = []

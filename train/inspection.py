@@ -17,7 +17,7 @@ import numpy as np
 from rosbags.interfaces import Connection
 
 import plausibility
-from bags import Bag, Storage, full_name, open_storage
+from bags import Bag, Storage, full_name, miscounted, open_storage
 from config import Config
 from episodes import Recording, cut
 from faults import Fault
@@ -29,6 +29,7 @@ from topics import SECOND, Decode, Measure, Pictures, Spread, Topic
 GOOD, USABLE, BAD = "good", "usable, read the warnings", "cannot be trained on"
 SILENT_S = 1.0
 LATE_MS = 100.0
+AHEAD_MS = 20.0  # what clocks that are set by one server differ by, at most
 FROZEN = 0.03  # of the arm's way, while its pictures stand still
 NOT_IN_JSON = ("recording", "series", "stamps", "pixels", "gaps")
 
@@ -104,8 +105,8 @@ def inspect(bag: Bag, config: Config | None = None, pictures: bool = False) -> F
             complain(name, fault.args)
             measure.pictures.end = None  # the last picture does not decode
             topics[name] = measure.topic(start_ns)
-        if len(read) == len(bag.files):
-            complain(name, _miscounted(bag, topics[name]))
+        if len(read) == len(bag.files) and (wrong := miscounted(bag, name, topics[name].read, topics[name].stored)):
+            complain(name, [wrong])
     if not receive and not faults:
         faults.append(f"{bag.name}: holds no message; record it again or leave it out")
     files = {str(file): file.stat().st_size if file.exists() else 0 for file in bag.files}
@@ -166,20 +167,6 @@ def _decode(storage: Storage, connection: Connection, measure: Measure) -> Decod
         return None
 
 
-def _miscounted(bag: Bag, topic: Topic) -> list[str]:
-    """A topic of which another number of messages came than the storage counts, or metadata.yaml declares."""
-    if topic.read != topic.stored:
-        return [
-            f"{bag.name}: {topic.name}: {topic.read} messages read, {topic.stored} stored; the file is damaged: copy it again"
-        ]
-    if topic.declared is not None and topic.read != topic.declared:
-        return [
-            f"{bag.name}: {topic.name}: {topic.read} messages read, metadata.yaml declares {topic.declared}; if the storage is "
-            "right, `ros2 bag reindex` the folder"
-        ]
-    return []
-
-
 def _as_training_would(bag: Bag, config: Config, found: Found) -> None:
     """The episodes of a bag, and how its topics lie in time."""
     data = config.data
@@ -217,23 +204,29 @@ def _topics(found: Found, config: Config | None) -> Iterator[str]:
     path = _path_of_the_arm(found, config) if config else None
     for name, topic in found.topics.items():
         if found.series and name in found.series and topic.largest_gap and topic.largest_gap.seconds > SILENT_S:
-            held = config.data.max_age_ms.get(name, 0) / 1e3 if config else 0
+            held = min(config.data.max_age_ms.get(name, 0) / 1e3, topic.largest_gap.seconds) if config else 0
             yield (
                 f"{name}: silent for {topic.largest_gap.seconds:.1f} s from t+{topic.largest_gap.at_s:.1f} s: "
                 + (
                     f"data.max_age_ms holds its last message for {held:.1f} s of that"
-                    if held > 1e3 * SILENT_S
+                    if held > SILENT_S
                     else "the episode is split there; if it is an idle operator, cut the recording"
                 )
             )
         late, pictures = topic.header_minus_receive_ms, topic.pictures
+        if late and found.series and name in found.series and topic.clock == "header":
+            if late.median < -LATE_MS:
+                yield (
+                    f"{name}: messages arrive {-late.median:.0f} ms after their header's stamp, and training goes by the header: "
+                    "the robot's node will see them that much later than the policy was trained to, or two clocks differ"
+                )
+            elif late.median > AHEAD_MS:
+                yield (
+                    f"{name}: messages are stamped {late.median:.0f} ms after they arrived, which cannot be: the clock of their "
+                    "machine is ahead of the recorder's; set both by one time server, and record again"
+                )
         if not pictures or name not in cameras:
             continue
-        if late and config and topic.clock == "header" and late.median < -LATE_MS:
-            yield (
-                f"{name}: pictures arrive {-late.median:.0f} ms after their header's stamp, and training goes by the header: "
-                "the robot's node will see them that much later than the policy was trained to"
-            )
         if pictures.black:
             yield (
                 f"{name}: {pictures.black} of the {pictures.looked_at} pictures looked at are black: cut the recording, or leave "

@@ -27,6 +27,7 @@ COPIED = 0.1  # of a joint's standard deviation: so near does copying the state 
 TWO_TURNS = 4 * np.pi  # rad: what goes farther is not in rad
 NO_ARM = 30.0  # rad/s: the fastest axes of industrial robots turn at 20
 SPIKE = 3  # messages, at most
+OF_A_TURN = 0.1  # rad: how far two messages at a jump of 2 pi may be from it
 SWITCH = 16  # a joint of at most so many positions is one, such as a gripper that is open or closed
 
 
@@ -168,7 +169,7 @@ def _cameras(ticks: Ticks, config: Config) -> Iterator[str]:
 def jumps(series: Series, signal: Signal) -> tuple[list[str], list[str]]:
     """Where joints of a signal go faster than any arm can, in words: those that come back at once, and those that do not.
 
-    What comes back was never there: a flipped bit, a driver's slip. What stays may be a turn of 2 pi, or an arm that was reset.
+    What comes back was never there: a flipped bit, a driver's slip. What stays may be an arm that was reset; a turn of 2 pi may come back.
     Positions in rad alone are looked at: other numbers may jump, and where a joint is usually beyond two turns they are degrees.
     """
     rows, names = series.values[signal], series.names[signal]
@@ -188,6 +189,7 @@ def jumps(series: Series, signal: Signal) -> tuple[list[str], list[str]]:
             at = np.flatnonzero(size > NO_ARM * seconds)
             after = [column[np.minimum(at + ahead, len(column) - 1)] for ahead in range(2, 2 + SPIKE)]
             back = np.any([np.abs(later - column[at]) < size[at] / 2 for later in after], axis=0)
+            back &= np.abs(size[at] - 2 * np.pi) > OF_A_TURN  # a joint that hovers at +-pi
         for which, found in ((at[back], spikes), (at[~back & ~np.isin(at - 1, at[back])], steps)):
             if len(which):
                 i = int(which[0])

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from bags import Bag, Message, read_messages
+from blob_url import is_url
 from config import UR10E_JOINTS
 from faults import Fault
 from images import DEPTH
@@ -32,8 +33,8 @@ class Joints(NamedTuple):
     size: int
 
 
-def propose(bags: list[Bag]) -> str:
-    """The configuration, for the topics that all the recordings share. Raises Fault where there is no state in them."""
+def propose(bags: list[Bag], place: str) -> str:
+    """The configuration, for the topics that all the recordings at a place share. Raises Fault where no state is in them."""
     found = [inspect(bag, None, pictures=False) for bag in tqdm(bags, desc="inspecting", unit="bag")]
     readable = [one for one in found if any(topic.read for topic in one.topics.values())]
     if not readable:
@@ -54,7 +55,7 @@ def propose(bags: list[Bag]) -> str:
         "# Look it over: `python train/train.py --config THIS_FILE --dry-run`, then the same without --dry-run.",
         "",
         "data:",
-        f"  bag_dir: {_text(_folder(bags))}",
+        f"  bag_dir: {_text(place if is_url(place) else str(Path(place).resolve()))}",
         *_rate(cameras, shared[state.topic]),
         *_size(cameras),
         *_cameras(cameras, shared),
@@ -201,17 +202,6 @@ def _order(state: Joints) -> str:
     if _kinematic(state.names) != state.names:
         return "a UR from its base to its tool; the driver publishes them otherwise"
     return "as they are published; put them in the order that your robot node uses"
-
-
-def _folder(bags: list[Bag]) -> str:
-    """The folder or file that holds exactly these recordings, as far as can be told."""
-    file = bags[0].files[0].resolve()
-    described = bool(bags[0].declared)
-    if len(bags) == 1:
-        return str(file.parent if described else file)
-    path = file.parent if described else file
-    depth = len(Path(bags[0].name).parts)
-    return str(path.parents[depth - 1])
 
 
 def _text(value: str) -> str:

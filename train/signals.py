@@ -16,8 +16,10 @@ from layout import Layout, Numbers, layout_of, numbers_of, stamps_ns
 
 MAX_SKEW_NS = 1_000_000_000  # a header stamp this far from its receive stamp is of another clock
 BLOCK = 1024  # messages of one length that are looked at together
+GREATEST = float(np.finfo(np.float32).max)
 LAYOUTS = 16  # of a topic to learn: one whose messages all differ, as by a changing order of joints, has none
 JOINT_STATE, TRAJECTORY = "sensor_msgs/msg/JointState", "trajectory_msgs/msg/JointTrajectory"
+NAMES = {JOINT_STATE: "name", TRAJECTORY: "joint_names"}
 IMAGES = ("sensor_msgs/msg/Image", "sensor_msgs/msg/CompressedImage")
 
 
@@ -28,6 +30,7 @@ class Series(NamedTuple):
     clock: str  # "header", or "receive (why not header)"
     values: dict[Signal, np.ndarray]  # (M, K) float64 each; none for a camera
     names: dict[Signal, tuple[str, ...]]  # of the K numbers
+    others: int  # messages that were left out: they were of other joints alone
 
 
 def read_series(bag: Bag, signals: Collection[Signal], cameras: Collection[str]) -> dict[str, Series]:
@@ -48,6 +51,8 @@ def read_series(bag: Bag, signals: Collection[Signal], cameras: Collection[str])
     for one in topics.values():
         one.settle()
         faults += one.faults
+        if one.others and not one.receive and not one.faults:
+            faults.append(one.of_others)
     if faults:
         raise Fault(*faults)
     series = {}
@@ -61,15 +66,16 @@ def read_series(bag: Bag, signals: Collection[Signal], cameras: Collection[str])
         picked = {pick.signal: pick for pick in one.picked}
         values = {signal: pick.values() for signal, pick in picked.items()}
         for signal, rows in values.items():
-            bad = ~np.isfinite(rows)
+            bad = ~(np.abs(rows) <= GREATEST)
             if bad.any():
                 row, column = np.argwhere(bad)[0]
                 faults.append(
                     f"{bag.name}: {topic}: {picked[signal].names[column]} is {rows[row, column]} at "
                     f"t+{(stamps[row] - stamps[0]) / 1e9:.3f} s ({bad.any(1).sum()} messages have such a value); "
-                    "expected finite numbers; cut the recording or leave this joint out"
+                    "expected finite numbers, as a float32 holds them; cut the recording or leave this joint out"
                 )
-        series[topic] = Series(stamps, clock, values, {signal: picked[signal].names for signal in values})
+        names = {signal: picked[signal].names for signal in values}
+        series[topic] = Series(stamps, clock, values, names, one.others)
     if faults:
         raise Fault(*faults)
     return series
@@ -102,6 +108,7 @@ class _Topic:
         self.layout: Layout | None = None
         self.alike: list[Message] = []  # put by, fewer than BLOCK
         self.parsed = 0
+        self.others, self.of_others = 0, ""  # messages of other joints alone, and the first of them in words
 
     def add(self, message: Message) -> None:
         self.receive.append(message.receive_ns)
@@ -119,24 +126,29 @@ class _Topic:
 
     def settle(self) -> None:
         """Take the numbers of the messages that were put by, as far as they are of the layout; parse the others."""
-        while self.layout and self.alike:
+        while self.alike and (layout := self.layout):
             block, self.alike = self.alike, []
             rows = np.frombuffer(b"".join(message.raw for message in block), np.uint8).reshape(len(block), -1)
-            fits = self.layout.fits(rows)
-            count = len(block) if fits.all() else int(fits.argmin())
-            self.header.frombytes(stamps_ns(rows[:count]).tobytes())
-            for picked in self.picked:
-                picked.add_alike(rows[:count])
-            if count < len(block):
-                self._parse(block[count])
-                for message in block[count + 1 :]:
-                    self._add(message)
+            fits, at = layout.fits(rows), 0
+            while at < len(block) and self.layout is layout:
+                count = len(block) - at if fits[at:].all() else int(fits[at:].argmin())
+                self.header.frombytes(stamps_ns(rows[at : at + count]).tobytes())
+                for picked in self.picked:
+                    picked.add_alike(rows[at : at + count])
+                at += count
+                if at < len(block):
+                    self._parse(block[at])
+                    at += 1
+            for message in block[at:]:
+                self._add(message)
 
     def _parse(self, message: Message) -> None:
         if self.faults:
             return
         try:
             content = message.content()
+            if self._of_others(message, content):
+                return
             stamp = getattr(getattr(content, "header", None), "stamp", None)
             self.header.append(stamp.sec * 10**9 + stamp.nanosec if stamp else 0)
             if self.camera and message.msgtype not in IMAGES:
@@ -153,6 +165,20 @@ class _Topic:
         learn = bool(self.picked) and not self.faults and self.parsed <= LAYOUTS
         known = learn and all(picked.find_again(message.raw) for picked in self.picked)
         self.layout = layout_of(message.raw, content) if known else None
+
+    def _of_others(self, message: Message, content: Any) -> bool:
+        """Whether a message is of other joints alone, as where an arm and its gripper publish on one topic: left out, and counted."""
+        named = _joint_names(message, content)
+        wanted = [picked.signal.joints for picked in self.picked]
+        if not named or not wanted or not all(joints and set(joints).isdisjoint(named) for joints in wanted):
+            return False
+        del self.receive[len(self.header)]
+        self.others += 1
+        self.of_others = (
+            self.of_others
+            or f"{message.place}: no joint {', '.join(wanted[0])}; joints that are there: {', '.join(named)}"
+        )
+        return True
 
 
 class _Picked:
@@ -196,8 +222,8 @@ class _Picked:
         field = signal.field or self._usual_field(message, content)
         self.array = _follow(content, field, message)
         numbers, leaves = _numbers(self.array, field, message)
-        named = list(getattr(content, "name", None) or getattr(content, "joint_names", None) or [])
-        of_joints = message.msgtype in (JOINT_STATE, TRAJECTORY)
+        named = _joint_names(message, content)
+        of_joints = message.msgtype in NAMES
         if of_joints:
             leaves = named or leaves
         elif signal.joints:
@@ -260,6 +286,10 @@ class _Picked:
             raise Fault(f"{message.place}: no joint {', '.join(missing)}; joints that are there: {', '.join(named)}")
         self.order = np.array([named.index(joint) for joint in self.signal.joints])
         self.order_of = named
+
+
+def _joint_names(message: Message, content: Any) -> list[str]:
+    return list(getattr(content, NAMES[message.msgtype])) if message.msgtype in NAMES else []
 
 
 def _follow(content: Any, field: str, message: Message) -> Any:

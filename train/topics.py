@@ -21,7 +21,7 @@ from rosbags.interfaces import Connection
 
 from bags import full_name, plain
 from faults import Fault
-from images import CHANNELS, DEPTH, JPEG_BEGIN, JPEG_END, resize, to_rgb
+from images import CHANNELS, DEPTH, is_cut, no_picture, resize, to_rgb
 from signals import IMAGES, JOINT_STATE, choose_clock
 
 STAMP_END = 12  # of a message that begins with a header: 4 bytes of CDR's or ROS 1's own, then the stamp
@@ -126,7 +126,12 @@ class Measure:
         self.receive.append(receive_ns)
         self.header.append(0)
         raw = plain(raw, place)
-        stamp = self.header[-1] = decode.stamp(raw, place) if decode else 0
+        try:
+            stamp = self.header[-1] = decode.stamp(raw, place) if decode else 0
+        except Fault as fault:
+            if msgtype == JOINT_STATE or msgtype in IMAGES:
+                raise
+            stamp, self.not_understood = 0, str(fault)  # another release's, perhaps: nobody may have asked for it
         if msgtype == JOINT_STATE and decode:
             self.joints.add(decode(raw, place), stamp or receive_ns)
         elif msgtype in IMAGES and decode:
@@ -267,7 +272,7 @@ class _Pictures:
         """A picture; total is how many there will be."""
         content = decode(raw, place)
         self.bytes += len(raw)
-        kind, colour = _kind(content, raw, place)
+        kind, colour = _kind(content, place)
         self.kinds[kind] += 1
         end = max(STAMP_END, len(raw) - 4096)  # looked at first: it is most likely to differ
         if len(raw) == len(self.last) and raw[end:] == self.last[end:] and raw[STAMP_END:] == self.last[STAMP_END:]:
@@ -293,22 +298,19 @@ class _Pictures:
         return Pictures(dict(self.kinds), tuple(self.frozen), self.looked_at, self.black, pictures)
 
 
-def _kind(content: Any, raw: bytes, place: str) -> tuple[str, bool]:
+def _kind(content: Any, place: str) -> tuple[str, bool]:
     """(size and encoding of a picture, whether it is one in colour or grey), without decoding it."""
     if hasattr(content, "encoding"):
         return f"{content.width}x{content.height} {content.encoding}", content.encoding in CHANNELS
     if any(depth in content.format for depth in DEPTH):
         return content.format, False
     try:
-        if content.data[:2].tobytes() == JPEG_BEGIN and raw.rfind(JPEG_END) < 0:
+        if is_cut(content.data):
             raise OSError("its end is missing")
         with Image.open(io.BytesIO(content.data)) as picture:
             return f"{picture.width}x{picture.height} {(picture.format or '').lower()}", True
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise Fault(
-            f"{place}: {len(content.data)} bytes of format {content.format!r} do not decode as a picture "
-            f"({' '.join(str(error).split())[:80]}); the file is damaged or the recorder cut it short: leave the recording out"
-        ) from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        raise no_picture(content.data, content.format, place) from None
 
 
 def _brightness(content: Any, place: str) -> float:

@@ -27,6 +27,8 @@ from recordings import (
     picture,
     write,
 )
+from rosbags import rosbag2
+from rosbags.typesys import Stores, get_typestore
 
 import images
 from bags import Bag, Message, find_bags, read_messages
@@ -252,6 +254,50 @@ def test_types_by_old_names_unknown_ones_and_two_of_one_topic(tmp_path: Path) ->
     with pytest.raises(Fault) as caught:
         read_series(only(file), [JOINT_SIGNAL], [])
     assert any("two types, sensor_msgs/msg/JointState and std_msgs/msg/Bool" in fault for fault in caught.value.args)
+
+
+def test_definitions_come_from_the_bag(tmp_path: Path) -> None:
+    """Standard types grow from release to release, and a recorder may find no definition of what nobody asks for."""
+    jazzy = get_typestore(Stores.ROS2_JAZZY)
+    header = jazzy.types["std_msgs/msg/Header"](jazzy.types["builtin_interfaces/msg/Time"](1, 0), "")
+    with rosbag2.Writer(tmp_path / "range", version=9, storage_plugin=rosbag2.StoragePlugin.MCAP) as writer:
+        connection = writer.add_connection("/range", "sensor_msgs/msg/Range", typestore=jazzy)
+        content = jazzy.types["sensor_msgs/msg/Range"](header, 0, 0.5, 0.125, 4.0, 2.5, 0.25)
+        writer.write(connection, START, jazzy.serialize_cdr(content, "sensor_msgs/msg/Range"))
+    fields = Signal("/range", field="range"), Signal("/range", field="variance")
+    series = read_series(only(tmp_path / "range"), fields, [])["/range"]
+    assert [series.values[field].item() for field in fields] == [2.5, 0.25], "the latter is not known to Humble"
+
+    file = write(tmp_path / "undefined", episode(0.3), "sqlite") / "undefined.db3"
+    in_sqlite(file, "UPDATE message_definitions SET encoding = 'unknown' WHERE topic_type LIKE '%Image'")
+    in_sqlite(file, "UPDATE message_definitions SET encoding = '' WHERE topic_type LIKE '%JointState'")
+    assert len(read_series(only(file), [JOINT_SIGNAL], [CAMERA])[STATE].stamps) == 31
+
+
+def test_links_copies_and_recordings_within_recordings(tmp_path: Path) -> None:
+    one = write(tmp_path / "bags/one", episode(0.3))
+    (tmp_path / "bags/latest").symlink_to(one)
+    (tmp_path / "bags/self").symlink_to(tmp_path / "bags")
+    (tmp_path / "bags/of another disk").symlink_to(write(tmp_path / "disk/two", episode(0.3, seed=1)))
+    write(one / "old/three", episode(0.3, seed=2))
+    bags, faults = find_bags(tmp_path / "bags")
+    assert [bag.name for bag in bags] == ["of another disk", "one", "one/old/three"] and not faults
+
+
+@pytest.mark.parametrize("gripper", ["finger", "fingers on the right"])
+def test_an_arm_and_its_gripper_on_one_topic(tmp_path: Path, gripper: str) -> None:
+    """Messages of other joints alone are left out, and counted; also where they are as long as the arm's."""
+    messages, others = [], ["x", "y", "z"] if gripper == "finger" else [gripper]
+    for i in range(3000):
+        t = START + i * 10 * MS
+        messages.append((STATE, "sensor_msgs/msg/JointState", t, joint_state(t, [i, i + 1, i + 2])))
+        messages.append((STATE, "sensor_msgs/msg/JointState", t + MS, joint_state(t + MS, [0.5] * len(others), others)))
+    bag = only(write(tmp_path / "bag", messages))
+    series = read_series(bag, [JOINT_SIGNAL], [])[STATE]
+    assert np.array_equal(series.values[JOINT_SIGNAL], np.arange(3000)[:, None] + np.arange(3))
+    assert np.array_equal(series.stamps, START + np.arange(3000) * 10 * MS) and series.others == 3000
+    with pytest.raises(Fault, match="no joint finger_1; joints that are there: a, b, c"):
+        read_series(bag, [Signal(STATE, ("finger_1",))], [])
 
 
 def test_stamps_that_cannot_be_trusted(tmp_path: Path) -> None:

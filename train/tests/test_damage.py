@@ -150,6 +150,7 @@ WRONG: dict[str, tuple[Callable[[list[Timed], bool], list[Timed]], list[str]]] =
     ),
     "no names": (joints(lambda _, v: v, lambda _: ""), [STATE, "name[] is empty", "index"]),
     "nan": (joints(at_20(np.nan)), [STATE, "b is nan", "t+0.200 s", "1 messages"]),
+    "beyond 32 bits": (joints(at_20(1e300)), [STATE, "b is 1e+300", "as a float32 holds them"]),
     "infinite": (joints(at_20(-np.inf)), [STATE, "b is -inf", "t+0.200 s"]),
     "a jump": (
         joints(at_20(2.0)),

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -237,6 +238,26 @@ def test_bad_recordings_may_be_skipped_and_are_told_apart_from_a_full_disk(
     monkeypatch.setattr(dataset, "_write_recording", lambda *_: os.open("/dev/full/x", os.O_RDONLY))
     with pytest.raises(NoRoom):
         load_dataset(configured(tmp_path, "data.on_bad_bag=skip", "data.fps=10"))
+
+
+def test_a_recording_that_is_there_twice(tmp_path: Path) -> None:
+    """It might be trained on, and judge: whatever its name."""
+    bags = recorded(tmp_path) / "bags"
+    shutil.copytree(bags / "episode_0", bags / "cup")
+    with pytest.raises(Fault, match="episode_0: holds the same file as cup"):
+        load_dataset(configured(tmp_path))
+    data = load_dataset(configured(tmp_path, "data.on_bad_bag=skip"))
+    assert sorted(data.train.names + data.validation.names) == ["cup", "episode_1", "episode_2"]
+
+
+def test_a_commanded_jump_is_refused(tmp_path: Path) -> None:
+    messages = episode()
+    at = [content for topic, _, _, content in messages if topic == COMMAND][20]
+    at.position[1] = 25.0
+    write(tmp_path / "bags/one", messages)
+    commanded = configured(tmp_path, f"data.action.from=[{{topic: {COMMAND}, joints: [a, b, c]}}]")
+    with pytest.raises(Fault, match=f"{COMMAND}: b goes from .* to 25 within 20.0 ms, at message 20"):
+        load_dataset(commanded)
 
 
 def test_a_picture_that_changes_its_size(tmp_path: Path) -> None:

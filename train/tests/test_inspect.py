@@ -53,19 +53,21 @@ def arm(
     black: tuple[float, float] = (9e9, 9e9),
     late: int = 4 * MS,
     turns: float = 9e9,
+    back: float = 9e9,
+    ahead: int = 0,
 ) -> list[Timed]:
     """An arm that goes where it is commanded, `lag` seconds later: joints 100 Hz, commands 50 Hz, and a camera."""
 
     def pose(t: float) -> np.ndarray:
         moving = np.sin(2 * max(0.0, t - waits) + np.arange(3)) - np.sin(np.arange(3))
         moving[list(still)] = 0.3
-        moving[1] += 2 * np.pi * (t > turns)
+        moving[1] += 2 * np.pi * (turns < t < back)
         return moving * unit
 
     messages: list[Timed] = []
     for i in range(round(seconds * 100)):
         t, seconds_in = START + i * 10 * MS, i / 100
-        messages.append((STATE, JOINT_STATE, t + MS, joint_state(t, pose(seconds_in - lag))))
+        messages.append((STATE, JOINT_STATE, t + MS, joint_state(t + ahead, pose(seconds_in - lag))))
         if i % 2 == 0 and not silent[0] < seconds_in < silent[1]:
             messages.append(
                 (COMMAND, JOINT_STATE, t + 2 * MS, joint_state(t, pose(seconds_in)[[2, 0, 1]], ("c", "a", "b")))
@@ -146,18 +148,28 @@ def test_the_lag_of_the_state_behind_the_command(tmp_path: Path, lag: float) -> 
     )
 
 
+NEXT = ("data.action.from=next_state",)
 WRONG: dict[str, tuple[dict[str, Any], tuple[str, ...], tuple[str, ...]]] = {
     "nothing": ({}, (), ()),
-    "next state": ({}, ("data.action.from=next_state",), ()),
+    "next state": ({}, NEXT, ()),
     "deltas": ({}, (f"data.action.from=[{{topic: {COMMAND}, joints: [a, b, c]}}]", "data.action.as=delta"), ()),
     "action is state": (
         {},
         (f"data.action.from=[{{topic: {STATE}, joints: [a, b, c]}}]",),
         ("the state itself at 100%",),
     ),
-    "command silent": ({"seconds": 8.0, "silent": (2.0, 6.0)}, (), (f"{COMMAND}: silent for 4.0 s from t+2.0 s",)),
+    "command silent": (
+        {"seconds": 8.0, "silent": (2.0, 6.0)},
+        (),
+        (f"{COMMAND}: silent for 4.0 s from t+2.0 s", "the episode is split there"),
+    ),
+    "command held": (
+        {"seconds": 8.0, "silent": (2.0, 6.0)},
+        (f"data.max_age_ms={{{COMMAND}: 5000}}",),
+        (f"{COMMAND}: silent for 4.0 s from t+2.0 s", "holds its last message for 4.0 s of that"),
+    ),
     "joint never moves": ({"still": (1,)}, (), ("b never moves (it stays at 0.3)",)),
-    "nothing moves": ({"still": (0, 1, 2)}, ("data.action.from=next_state",), ("nothing moves: no joint",)),
+    "nothing moves": ({"still": (0, 1, 2)}, NEXT, ("nothing moves: no joint",)),
     "degrees": ({"unit": 57.3}, (), ("are these degrees?",)),
     "copies its state": (
         {},
@@ -172,10 +184,17 @@ WRONG: dict[str, tuple[dict[str, Any], tuple[str, ...], tuple[str, ...]]] = {
     "black pictures": ({"black": (-1.0, 1.0)}, (), (f"{CAMERA}:", "looked at are black")),
     "a turn": (
         {"turns": 2.0},
-        ("data.action.from=next_state",),
+        NEXT,
         (f"{STATE}: b goes from", "within 10.0 ms, at message 211", "one of 1 such", "a turn of 2 pi"),
     ),
-    "late pictures": ({"late": 200 * MS}, (), ("pictures arrive 200 ms after their header's stamp",)),
+    "hovers at pi": (
+        {"turns": 2.0, "back": 2.02},
+        NEXT,
+        (f"{STATE}: b goes from", "one of 2 such", "a turn of 2 pi"),
+    ),
+    "late pictures": ({"late": 200 * MS}, (), (f"{CAMERA}: messages arrive 200 ms after their header's stamp",)),
+    "late joints": ({"ahead": -300 * MS}, NEXT, (f"{STATE}: messages arrive 301 ms after their header's stamp",)),
+    "a clock ahead": ({"ahead": 300 * MS}, NEXT, (f"{STATE}: messages are stamped 299 ms after they arrived",)),
 }
 
 
@@ -308,6 +327,14 @@ def test_the_command(tmp_path: Path) -> None:
     good = tree["recordings"][1]
     assert good["topics"][STATE]["joints"][0]["name"] == "a" and good["topics"][CAMERA]["pictures"]["looked_at"] == 0
     assert "0 bytes" in tree["recordings"][0]["faults"][0] and "1 cannot be trained on" in tree["summary"]
+    long = run(*command[:2], f"data.bag_dir={tmp_path}/bags", f"data.state=[{{topic: {STATE}, joints: [{'x' * 300}]}}]")
+    assert long.returncode == 1 and "no joint xxx" in long.stdout, "a setting that is longer than a file's name may be"
+    heard = subprocess.run(
+        f"{sys.executable} {SCRIPT} {tmp_path}/bags | head -n 1", shell=True, capture_output=True, text=True
+    )
+    assert heard.stdout and not heard.stderr
+    several = run(tmp_path / "bags/good", tmp_path / "bags/stuck", "--propose")
+    assert several.returncode == 1 and "give the folder that holds the recordings" in several.stderr
     nowhere = run(tmp_path / "nowhere")
     assert nowhere.returncode == 1 and "does not exist" in nowhere.stderr
 
@@ -334,7 +361,7 @@ def test_a_proposed_configuration_trains(tmp_path: Path) -> None:
             messages.append(("/gripper/width", "std_msgs/msg/Float64MultiArray", t, array))
     for name in ("one", "two"):
         write(tmp_path / "bags" / name, messages)
-    text = propose(find_bags(tmp_path / "bags")[0])
+    text = propose(find_bags(tmp_path / "bags")[0], str(tmp_path / "bags"))
     path = tmp_path / "proposed.yaml"
     path.write_text(text)
     data = load(path).data
@@ -360,7 +387,7 @@ def test_a_proposed_configuration_trains(tmp_path: Path) -> None:
 )
 def test_a_configuration_proposed_for_a_real_arm(tmp_path: Path, path: str) -> None:
     proposed = tmp_path / "proposed.yaml"
-    proposed.write_text(propose(find_bags(SHARED / path)[0]))
+    proposed.write_text(propose(find_bags(SHARED / path)[0], str(SHARED / path)))
     dataset = load_dataset(load(proposed, [f"data.cache_dir={tmp_path}/cache"]))
     assert len(dataset.train.state) > 100 and not load(proposed).data.cameras
 
