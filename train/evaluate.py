@@ -143,23 +143,39 @@ def _recordings(policy: Policy, config: Config, bags: Path | None) -> Dataset:
         raise Fault(
             "robot.json: names no recordings, as in a checkpoint of another program; judge one that train.py wrote"
         )
+    faults = []
     if bags is None:  # not a new choice: recordings may have come since, and none that was trained on may judge
-        return load_dataset(config, held_out=policy.robot["recordings"]["validation"])
-    config = replace(config, data=replace(config.data, bag_dir=bags.resolve()))
-    if not bags.exists():
+        dataset = load_dataset(config, held_out=policy.robot["recordings"]["validation"])
+    elif not bags.exists():
         raise Fault(f"--bags: {bags} does not exist; give a folder of recordings")
-    dataset = load_dataset(config, held_out=[bag.name for bag in find_bags(bags.resolve())[0]])
-    trained = {sha: name for name, files in policy.robot["recordings"]["train"].items() for sha in files.values()}
-    seen = {
-        name: trained[sha] for name, files in dataset.recordings.items() for sha in files.values() if sha in trained
+    else:
+        config = replace(config, data=replace(config.data, bag_dir=bags.resolve()))
+        dataset = load_dataset(config, held_out=[bag.name for bag in find_bags(bags.resolve())[0]])
+        trained = {sha: name for name, files in policy.robot["recordings"]["train"].items() for sha in files.values()}
+        faults = [
+            f"--bags: {bags / name}: the policy was trained on it, as {trained[sha]} (the same SHA-256); leave it out"
+            for name, files in dataset.recordings.items()
+            for sha in files.values()
+            if sha in trained
+        ]
+    meaning = {
+        "data.fps": (config.data.fps, policy.fps),
+        "data.image_size": (
+            config.data.image_size,
+            policy.image_size if config.data.cameras else config.data.image_size,
+        ),
+        "data.cameras": (tuple(config.data.cameras), policy.cameras),
+        "data.state": (dataset.state_names, policy.state_names),
+        "data.action": (dataset.action_names, policy.action_names),
+        "data.action.as": (config.data.action.as_, policy.action_as),
     }
-    if seen:
-        raise Fault(
-            *(
-                f"--bags: {bags / name}: the policy was trained on it, as {there} (the same SHA-256); leave it out"
-                for name, there in seen.items()
-            )
-        )
+    faults += [
+        f"config.yaml: {key} is {here}, of the policy {there}; expected the configuration that it was trained with"
+        for key, (here, there) in meaning.items()
+        if here != there
+    ]
+    if faults:
+        raise Fault(*faults)
     return dataset
 
 
@@ -170,6 +186,8 @@ def main() -> None:
     parser.add_argument("--all", action="store_true", help="compare every checkpoint of the run")
     parser.add_argument("--simulate", type=int, metavar="TRIALS", help="the demonstration's policy in closed loop, too")
     arguments = parser.parse_args()
+    if arguments.all and arguments.simulate is not None:
+        parser.error("--all compares by recordings alone; give one checkpoint to --simulate")
     folder = arguments.checkpoint.resolve()
     folder = folder.parent if folder.name == "pretrained_model" else folder
     run = folder.parent if folder.name.startswith("checkpoint_") else folder

@@ -82,8 +82,8 @@ class Policy:
     ) -> Policy:
         """From a checkpoint or a pretrained_model folder, of ours or of LeRobot >= 0.4.0.
 
-        `ensemble` is the coefficient of temporal ensembling (0.01 in ACT's paper); without it n_action_steps of a chunk
-        are executed. What else is given is what the robot has, in the policy's order; `action_as` is what it expects: a policy
+        `ensemble` is the coefficient of temporal ensembling (0.01 in ACT's paper), by default that of config.json; without
+        it n_action_steps of a chunk are executed. What else is given is what the robot has, in the policy's order; `action_as` is what it expects: a policy
         of targets gives deltas, and one of deltas targets, by the present state. Raises Fault with all that differs.
         """
         found = pretrained.load(Path(path))
@@ -94,6 +94,7 @@ class Policy:
             normalizer = found.normalizer.to(torch.device(device))
         except (RuntimeError, AssertionError) as error:  # torch's own for a device that is not there
             raise Fault(f"device: {device!r} cannot be used ({str(error).splitlines()[0][:120]}); take cpu") from None
+        ensemble = found.ensemble if ensemble is None else ensemble
         policy = cls(model, normalizer, found.image_size, found.robot, found.config.n_action_steps, ensemble)
         has: dict[str, tuple[Any, Any]] = {
             "fps": (fps, policy.fps),
@@ -146,7 +147,7 @@ class Policy:
                 if not len(self._chunk):
                     self._chunk = self._look(state, images)[: self.n_action_steps]
                 action, self._chunk = self._chunk[0], self._chunk[1:]
-        except Fault:
+        except BaseException:
             self.reset()
             raise
         if self._joints is None:
@@ -162,14 +163,17 @@ class Policy:
         """State (S,) float32 in the policy's order, and the pictures in that of its cameras. Raises Fault with all faults."""
         faults: list[str] = []
         state = self._checked_state(observation.get("state"), faults)
-        images = observation.get("images") or {}
+        images = observation.get("images")
+        if not isinstance(images, Mapping):
+            images = {} if images is None else {f"a {type(images).__name__}": None}
         if set(images) != set(self.cameras):
             faults.append(f"observation: images of {sorted(images)}; expected one of each of {sorted(self.cameras)}")
-        for name in set(images) & set(self.cameras):
-            faults += self._faults_of(name, np.asarray(images[name]))
+        pictures = {name: _array(images[name]) for name in self.cameras if name in images}
+        for name, picture in pictures.items():
+            faults += self._faults_of(name, picture)
         if faults:
             raise Fault(*faults)
-        return state, [np.asarray(images[name]) for name in self.cameras]
+        return state, list(pictures.values())
 
     def _checked_state(self, state: Any, faults: list[str]) -> np.ndarray:
         """(S,) float32; faults are appended, and then what is returned is of no use."""
@@ -181,18 +185,15 @@ class Policy:
                     f"observation: state by name, and {named}; give an array ({size},) in the order of training"
                 )
                 return np.zeros(0)
-            if set(state) != set(self.state_names):
-                missing, extra = (
-                    sorted(a) for a in (set(self.state_names) - set(state), set(state) - set(self.state_names))
-                )
-                faults.append(f"observation: state lacks {missing}, and has {extra} that the policy was not trained on")
+            if missing := sorted(set(self.state_names) - set(state)):  # a driver may publish more than was trained on
+                faults.append(f"observation: state lacks {missing}; there are {sorted(state)}")
                 return np.zeros(0)
             state = [state[name] for name in self.state_names]
         try:
             numbers = np.asarray(state)
             if numbers.dtype.kind not in "iuf" or numbers.shape != (size,):
                 raise ValueError(f"an array {numbers.shape} of {numbers.dtype}")
-        except ValueError as error:
+        except (ValueError, TypeError) as error:  # TypeError of a tensor on a GPU
             faults.append(f"observation: state is {error}; expected ({size},) numbers: {', '.join(self.state_names)}")
             return np.zeros(0)
         with np.errstate(over="ignore"):
@@ -239,6 +240,13 @@ class Policy:
                 "the policy: its actions are not finite; expected numbers; is an observation far from all training?"
             )
         return chunk
+
+
+def _array(picture: Any) -> np.ndarray:
+    try:
+        return np.asarray(picture)
+    except (ValueError, TypeError):  # rows of several lengths, a tensor on a GPU
+        return np.array(None)
 
 
 @contextmanager

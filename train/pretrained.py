@@ -7,6 +7,7 @@ robot.json and README.md, see card.py, say what LeRobot's files cannot say: it r
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -47,6 +48,7 @@ class Pretrained(NamedTuple):
     model: ACT
     normalizer: Normalizer
     image_size: tuple[int, int]  # height, width; (0, 0) without a camera
+    ensemble: float | None  # the coefficient of temporal ensembling that LeRobot's config.json may ask for
     robot: dict[str, Any]  # robot.json; empty for LeRobot's own checkpoints
 
 
@@ -70,9 +72,9 @@ def load(path: Path) -> Pretrained:
         written = json.loads((folder / "config.json").read_text())
         weights = load_file(folder / WEIGHTS)
         with safe_open(folder / WEIGHTS, "pt") as file:
-            ours = (file.metadata() or {}).get("beside") == ROBOT
+            beside = (file.metadata() or {}).get("beside")  # LeRobot's own have none
         normalizer = _read_normalizer(folder)
-        about = json.loads(robot.read_text()) if ours or robot.exists() else {}
+        about = json.loads(robot.read_text()) if beside or robot.exists() else {}
         inputs, state_dim, action_dim = _read_shapes(folder, written)
         config = Model(**{f.name: written[f.name] for f in dataclasses.fields(Model) if f.name in written})
         cameras = [key.removeprefix(CAMERA) for key in inputs if key.startswith(CAMERA)]
@@ -83,12 +85,23 @@ def load(path: Path) -> Pretrained:
             (feature["shape"][1:] for key, feature in inputs.items() if key.startswith(CAMERA)), (0, 0)
         )
         faults = _unfit(weights, normalizer, about, state_dim, action_dim)
+        if beside and not faults and beside != _sums_of_those_beside(folder):
+            faults = [
+                f"{WEIGHTS}: its statistics and {ROBOT} are not those that were written with it; expected files of one "
+                "checkpoint: copy it again"
+            ]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         raise Fault(f"{folder}: is damaged ({type(error).__name__}: {reason}); copy the checkpoint again") from None
     if faults:
         raise Fault(*(f"{folder}/{fault}" for fault in faults))
-    return Pretrained(config, model.eval(), normalizer, (height, width), about)
+    return Pretrained(config, model.eval(), normalizer, (height, width), written.get("temporal_ensemble_coeff"), about)
+
+
+def _sums_of_those_beside(folder: Path) -> str:
+    """One checksum of what no robot may take from another checkpoint than the weights; shapes would not tell."""
+    parts = [(folder / name).read_bytes() for name in (PREPROCESSOR_STATE, POSTPROCESSOR_STATE, ROBOT)]
+    return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
 def _unfit(
@@ -206,7 +219,12 @@ def _read_normalizer(folder: Path) -> Normalizer:
         tensors = load_file(folder / Path(found["state_file"]).name)
         features |= found["config"]["features"]
         for key in found["config"]["features"]:
-            moments[key] = Moments(tensors[f"{key}.mean"], tensors[f"{key}.std"])
+            one = Moments(tensors[f"{key}.mean"], tensors[f"{key}.std"])
+            if key in moments and not all(a.equal(b) for a, b in zip(one, moments[key], strict=True)):
+                raise Fault(
+                    f"{folder}: {key} has other statistics in {processor}; expected files of one checkpoint: copy it again"
+                )
+            moments[key] = one
     cameras = {key.removeprefix(CAMERA): moments[key] for key in features if key.startswith(CAMERA)}
     return Normalizer(moments["observation.state"], moments["action"], cameras)
 
@@ -272,12 +290,12 @@ def save(folder: Path, model: ACT, normalizer: Normalizer, config: Config, robot
             ],
         },
     )
+    write_json(folder / ROBOT, robot)
     save_file(
         {f"model.{key}": value.contiguous().cpu() for key, value in model.state_dict().items()},
         folder / WEIGHTS,
-        {"format": "pt", "beside": ROBOT},  # so that a copy without it is not taken for LeRobot's own
+        {"format": "pt", "beside": _sums_of_those_beside(folder)},
     )
-    write_json(folder / ROBOT, robot)
     (folder / "README.md").write_text(card.in_words(robot))
 
 

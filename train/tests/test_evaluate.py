@@ -14,6 +14,7 @@ import pytest
 import torch
 from browser import needs_browser, seen
 from recordings import COMMAND, episode, write
+from safetensors.torch import load_file, save_file
 from test_dataset import recorded
 from test_train import tiny, trained
 
@@ -200,7 +201,14 @@ def test_what_cannot_be_judged_is_said_in_one_line(run: Run, tmp_path: Path, com
     robot = tmp_path / "run/checkpoint_000010/pretrained_model/robot.json"
     content = json.loads(robot.read_text())
     robot.write_text(json.dumps(content | {"recordings": {"train": {}, "validation": {}}}))
+    weights = robot.with_name("model.safetensors")
+    save_file(load_file(weights), weights)  # no longer bound to that robot.json
     assert "no recording was held out" in command(tmp_path / "run/checkpoint_000010").err
+    (tmp_path / "run/config.yaml").write_text(
+        (run.checkpoint.parent / "config.yaml").read_text().replace("fps: 20", "fps: 10")
+    )
+    other = command(tmp_path / "run/checkpoint_000010").err
+    assert "config.yaml: data.fps is 10.0, of the policy 20.0; expected the configuration" in other
     robot.unlink()
     assert "robot.json" in command(tmp_path / "run/checkpoint_000010").err
 

@@ -81,6 +81,17 @@ def test_ensembling_is_the_weighted_mean_of_all_that_was_said_of_a_tick(trained_
         Policy.load(trained_once, ensemble=-50)
 
 
+def test_a_driver_may_publish_more_and_config_json_may_ask_for_ensembling(folder: Path) -> None:
+    plain, states = Policy.load(folder), [{"c": 0.3, "gripper": 9.0, "a": 0.1 * i, "b": 0.2} for i in range(3)]
+    by_place = [Policy.load(folder).act(observation(state=[one[name] for name in "abc"])) for one in states]
+    assert np.array_equal(plain.act(observation(state=states[0])), by_place[0])
+    edit(folder / "config.json", lambda c: c.update(temporal_ensemble_coeff=0.01, n_action_steps=1))
+    asked, told = Policy.load(folder), Policy.load(folder, ensemble=0.01)
+    for state in states:
+        assert np.array_equal(asked.act(observation(state=state)), told.act(observation(state=state)))
+    assert asked.ensembler is not None
+
+
 def test_it_says_what_it_is_and_refuses_another_robot(trained_once: Path, tmp_path: Path) -> None:
     policy = Policy.load(trained_once)
     assert (policy.fps, policy.action_as, policy.cameras) == (20, "absolute", ("color",))
@@ -115,7 +126,8 @@ def test_it_says_what_it_is_and_refuses_another_robot(trained_once: Path, tmp_pa
     [
         ({"state": STATE | {"b": np.nan}}, ["state of b is nan", "driver"]),
         ({"state": np.array([0, np.inf, 1e300])}, ["state of b is inf", "state of c is inf"]),
-        ({"state": {"a": 0.0, "b": 0.0, "gripper": 0.0}}, ["lacks ['c']", "has ['gripper']"]),
+        ({"state": {"a": 0.0, "b": 0.0, "gripper": 0.0}}, ["lacks ['c']; there are ['a', 'b', 'gripper']"]),
+        ({"state": torch.zeros(3, device="meta")}, ["expected (3,) numbers"]),  # as one on a GPU
         ({"state": np.zeros(4)}, ["(4,)", "expected (3,) numbers: a, b, c"]),
         ({"state": ["a", "b", "c"]}, ["expected (3,) numbers"]),
         ({"state": [[1.0], [1.0, 2.0], 3.0]}, ["expected (3,) numbers"]),
@@ -125,6 +137,8 @@ def test_it_says_what_it_is_and_refuses_another_robot(trained_once: Path, tmp_pa
         ({"images": {"color": SHOT / 255}}, ["color: (96, 128, 3) float64", "uint8 RGB"]),
         ({"images": {"color": SHOT.transpose(2, 0, 1)}}, ["color: (3, 96, 128) uint8"]),
         ({"images": {"color": None}}, ["color: () object"]),
+        ({"images": SHOT}, ["images of ['a ndarray']", "one of each of ['color']"]),
+        ({"images": {"color": torch.zeros(48, 64, 3, device="meta")}}, ["color: () object", "uint8 RGB"]),
         ({"images": {"color": picture(5, 90, 160)}}, ["color: 160x90", "trained on 64x48"]),
     ],
 )
@@ -178,6 +192,18 @@ BREAKAGES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "robot.json of other joints": (
         lambda f: edit(f / "robot.json", lambda r: r["state"].update(names=["a", "b"])),
         ["robot.json", "[2, 3, ['color']]", "[3, 3, ['color']]"],
+    ),
+    "robot.json of a like policy": (
+        lambda f: edit(f / "robot.json", lambda r: r["state"].update(names=["b", "a", "c"])),
+        ["robot.json are not those that were written with it", "of one checkpoint"],
+    ),
+    "statistics of a like policy": (
+        lambda f: edit(f / STATISTICS, lambda t: t["observation.state.mean"].add_(0.1)),
+        ["statistics and robot.json are not those", "of one checkpoint"],
+    ),
+    "a postprocessor of a like policy": (
+        lambda f: edit(f / STATISTICS, lambda t: t["action.mean"].add_(0.1)),
+        ["action has other statistics in policy_postprocessor.json"],
     ),
     "weights not finite": (
         lambda f: edit(f / "model.safetensors", lambda t: t["model.action_head.bias"].fill_(torch.inf)),
