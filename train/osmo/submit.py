@@ -4,7 +4,7 @@
     python train/osmo/submit.py --rosbags bags/ --run cups training.steps=20000
     python train/osmo/submit.py data.bag_dir=https://ACCOUNT.blob.core.windows.net/CONTAINER/PREFIX --azure-cred azure_cred
     python train/osmo/submit.py --gpus 8 --dry-run                    # print what would be run, run nothing
-    python train/osmo/submit.py --fetch cups                          # the newest checkpoint of a run, into outputs/
+    python train/osmo/submit.py --fetch cups                          # the newest checkpoint of a run, into outputs/osmo/cups
 
 It ends with 0 when all is well, 1 when there is something to mend here, else as the osmo command did: 1 refused,
 2 not logged in or not allowed, 3 interrupted, 10 the server cannot be reached, 75 too many requests.
@@ -13,6 +13,7 @@ It ends with 0 when all is well, 1 when there is something to mend here, else as
 from __future__ import annotations
 
 import argparse
+import ast
 import json
 import os
 import re
@@ -20,6 +21,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,10 +31,12 @@ from urllib.parse import urlsplit
 import yaml
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+TRAIN = HERE.parent
+sys.path.insert(0, str(TRAIN))
 
 from config import ROOT, load  # noqa: E402 -- from the folder above
 from faults import Fault, told_plainly  # noqa: E402
+from run_folder import RESUME, missing  # noqa: E402
 
 WORKFLOW, CONFIG = HERE / "osmo-workflow.yaml", HERE / "osmo-config.yaml"
 RECORDING = r"(.*/)?(metadata\.yaml|.*\.(bag|db3|mcap)[^/]*)$"  # as in osmo-workflow.yaml
@@ -49,6 +53,7 @@ INVALID = {  # a workflow that is validated; that you may log in and see the poo
 }
 DATA = {2: "is it there, and have you a DATA credential for it (osmo credential list)?"}
 NAME = r"[a-zA-Z]([a-zA-Z0-9_-]{0,62}[a-zA-Z0-9])?"  # of a run: OSMO's rule for workflows
+TEXTS = ("image", "rosbags", "runs", "run", "settings", "platform", "dataset", "azure_cred")  # of default-values
 
 
 class Refused(Fault):
@@ -60,16 +65,17 @@ class Refused(Fault):
 
 
 def main() -> None:
-    defaults = yaml.safe_load(WORKFLOW.read_text().split("default-values:\n")[1])
+    defaults = read_defaults()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--server", default="http://192.168.1.100", metavar="URL", help="the OSMO server [%(default)s]")
     parser.add_argument("--pool", default="gpu-pool", help="[%(default)s]")
     parser.add_argument("--priority", choices=("HIGH", "NORMAL", "LOW"), help="LOW may be pre-empted, and is run again")
     parser.add_argument("--run", help=f"the run's name: submitted again, it goes on [{defaults['run']}]")
-    parser.add_argument(
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument(
         "--rosbags", metavar="FOLDER|URL", help=f"recordings; a folder is uploaded [{defaults['rosbags']}]"
     )
-    parser.add_argument("--dataset", help="an OSMO dataset in place of --rosbags, on servers before 6.4")
+    source.add_argument("--dataset", help="an OSMO dataset in place of --rosbags, on servers before 6.4")
     parser.add_argument(
         "--azure-cred", metavar="NAME", help="OSMO credential with azure_storage_key, for data.bag_dir=URL"
     )
@@ -79,29 +85,53 @@ def main() -> None:
     parser.add_argument("--platform", help="of the pool [the pool's default]")
     parser.add_argument("--dry-run", action="store_true", help="print what would be run, run nothing")
     parser.add_argument("--follow", action="store_true", help="stream the log until the run ends, and end as it does")
-    parser.add_argument("--fetch", metavar="RUN", help="download the newest checkpoint of a run")
+    parser.add_argument("--fetch", metavar="RUN", help="download the newest checkpoint of a run to outputs/osmo/RUN")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="of the training: training.steps=20000")
     arguments = parser.parse_intermixed_args()
     arguments.server = arguments.server if "//" in arguments.server else f"http://{arguments.server}"
+    arguments.settings = shlex.join(arguments.settings) or None  # none: those of the workflow file
     given = {key: value for key, value in vars(arguments).items() if key in defaults and value is not None}
     ADVICE.update({code: advice.format(server=arguments.server) for code, advice in ADVICE.items()})
-    with told_plainly():
-        if arguments.fetch is not None:
-            if not re.fullmatch(NAME, arguments.fetch):
-                raise Fault(f"--fetch {arguments.fetch!r}: is not the name of a run")
-            print(fetch(f"{defaults['runs']}/{arguments.fetch}", ROOT / "outputs" / arguments.fetch))
-        else:
-            values = defaults | given | {"settings": shlex.join(arguments.settings)}
-            submit(arguments, defaults, values)
+    if arguments.fetch is not None:
+        if not re.fullmatch(NAME, arguments.fetch):
+            raise Fault(f"--fetch {arguments.fetch!r}: is not the name of a run")
+        check_command(arguments.server)
+        print(fetch(f"{defaults['runs']}/{arguments.fetch}", ROOT / "outputs/osmo" / arguments.fetch))
+    else:
+        submit(arguments, defaults, defaults | given)
+
+
+def read_defaults() -> dict[str, Any]:
+    """The default-values of osmo-workflow.yaml. Raises Fault where they are not of the kind that is needed here."""
+    above, _, text = WORKFLOW.read_text().partition("\ndefault-values:\n")
+    try:
+        loaded = yaml.safe_load("\n" * (above.count("\n") + 2) + text)  # so that a fault has the file's line
+    except (yaml.YAMLError, ValueError) as error:  # a ValueError from a date that is none
+        raise Fault(f"{WORKFLOW}: default-values: is not valid YAML: {' '.join(str(error).split())}") from None
+    found = loaded if isinstance(loaded, dict) else {}
+    kinds = dict.fromkeys(TEXTS, str) | dict.fromkeys(("gpus", "nodes"), int)
+    if faults := [
+        f"{WORKFLOW}: default-values: {key}: found {found.get(key)!r}, expected {'text, in quotes' if kind is str else 'a number'}"
+        for key, kind in kinds.items()
+        if type(found.get(key)) is not kind
+    ]:
+        raise Fault(*faults)
+    return found
 
 
 def submit(arguments: argparse.Namespace, defaults: dict[str, Any], values: dict[str, Any]) -> None:
     """All from the checks to the commands that come next."""
     folder = None if values["rosbags"].startswith(STORAGE) else Path(values["rosbags"] or "/nowhere")
-    blob = reads_blob(arguments.settings)
-    faults = list(wrong_values(values, folder, arguments.settings))
+    try:
+        settings = shlex.split(values["settings"])
+    except ValueError as error:
+        raise Fault(f"{WORKFLOW}: settings: {values['settings']!r}: {error}; close the quote") from None
+    blob = reads_blob(settings)
+    faults = [*wrong_values(values, folder, settings), *wrong_scripts()]
     if blob and (arguments.rosbags or arguments.dataset):
         faults.append("data.bag_dir: recordings come from there or from --rosbags or --dataset; give one of them")
+    if arguments.rosbags and values["dataset"]:
+        faults.append(f"{WORKFLOW}: dataset: {values['dataset']!r} would be trained on, not --rosbags; empty it there")
     if faults:
         raise Fault(*faults)
     if folder:
@@ -111,7 +141,7 @@ def submit(arguments: argparse.Namespace, defaults: dict[str, Any], values: dict
     for flag, kind in (("--set", int), ("--set-string", str)):
         chosen = [f"{key}={value}" for key, value in changed.items() if isinstance(value, kind)]
         workflow += [flag, *chosen] if chosen else []
-    upload = ["data", "upload", defaults["rosbags"], str(folder), "--regex", RECORDING]
+    upload = ["data", "upload", defaults["rosbags"], str(folder and folder.resolve()), "--regex", RECORDING]
     validation = ["workflow", "validate", *workflow]
     submission = ["workflow", "submit", *workflow, "-t", "json"]
     submission += ["--priority", arguments.priority] if arguments.priority else []
@@ -198,6 +228,11 @@ def wrong_values(values: dict[str, Any], folder: Path | None, settings: list[str
                 "data.bag_dir, data.cache_dir, output_dir: are the pod's, as in osmo-config.yaml; give --rosbags, "
                 "data.bag_dir=https://... or --run"
             )
+        if wanted.training.init_from:
+            yield (
+                f"training.init_from: {wanted.training.init_from}: is not in the pod, which gets recordings and the run's own "
+                "checkpoints alone; leave it out, or train with train.py on a machine that has it"
+            )
     except Fault as fault:
         yield from fault.args
     for setting in settings:
@@ -214,8 +249,48 @@ def wrong_values(values: dict[str, Any], folder: Path | None, settings: list[str
         yield f"--rosbags {folder}: is no folder here, nor a URL that begins with {', '.join(STORAGE)}"
     elif folder and not recordings(folder):
         yield f"--rosbags {folder}: holds no recording (.mcap, .db3, .bag)"
+    elif folder:
+        linked = [
+            path for path in sorted(folder.rglob("*")) if path.is_symlink() and path.is_dir() and recordings(path)
+        ]
+        if linked:
+            yield (
+                f"--rosbags {folder}: OSMO uploads nothing behind links to folders: {', '.join(map(str, linked))}; "
+                f"copy what they lead to (cp -rL {shlex.quote(str(folder))} COPY) and give COPY"
+            )
     if re.search(r"[^\w. /:@-]", folder.resolve().name if folder else values["rosbags"]):
         yield f"--rosbags {values['rosbags']}: becomes a URL; expected letters, digits, blanks and _ - . / alone"
+
+
+def wrong_scripts() -> Iterator[str]:
+    """What would break in the pod of the files that are sent: the server renders them, and they need each other."""
+    sent = set(re.findall(r'"(\w+\.py)"', WORKFLOW.read_text()))
+    for path in (*(TRAIN / name for name in sorted(sent)), CONFIG, HERE / "train.sh"):
+        if not path.exists():
+            yield f"{path}: is not there; take it out of the files in {WORKFLOW.name}"
+            continue
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            if mark := re.search(r"\{[{%#]", line):
+                yield f"{path}:{number}: the server would take {mark[0]} for its own; part the two, with a blank or otherwise"
+    try:
+        for name in sorted(imported() - sent):
+            yield f"{TRAIN / name}: train.py imports it, but it is not sent; add it to the files in {WORKFLOW.name}"
+    except SyntaxError as error:
+        yield f"{error.filename}:{error.lineno}: {error.msg}; mend it before it is sent"
+
+
+def imported() -> set[str]:
+    """The scripts that train.py imports, early or late, and those that they import but for their own command."""
+    found, ahead = set(), {"train.py"}
+    while ahead:
+        found.add(script := ahead.pop())
+        nodes = ast.parse((TRAIN / script).read_text(), str(TRAIN / script)).body
+        nodes = [node for node in nodes if script == "train.py" or getattr(node, "name", "") != "main"]
+        for node in (inner for outer in nodes for inner in ast.walk(outer)):
+            names = [node.module] if isinstance(node, ast.ImportFrom) else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            ahead |= {f"{name}.py" for name in names if (TRAIN / f"{name}.py").exists()} - found
+    return found
 
 
 def reads_blob(settings: list[str]) -> bool:
@@ -223,10 +298,16 @@ def reads_blob(settings: list[str]) -> bool:
     return any(setting.startswith("data.bag_dir=http") for setting in settings)
 
 
+def check_command(server: str) -> None:
+    """Raises Refused unless the osmo command is there."""
+    if not shutil.which("osmo"):
+        where = "install NVIDIA's OSMO client (install.sh of https://github.com/NVIDIA/OSMO)"
+        raise Refused(2, f"osmo: no such command; {where}, then: osmo login {server}")
+
+
 def check_login(server: str) -> None:
     """Raises Refused unless the osmo command is there, and logged in to this server and no other."""
-    if not shutil.which("osmo"):
-        raise Refused(2, f"osmo: no such command; install NVIDIA's OSMO client, then: osmo login {server}")
+    check_command(server)
     home = os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"
     file = Path(os.environ.get("OSMO_CONFIG_FILE_DIR") or Path(home) / "osmo") / "login.yaml"
     try:
@@ -320,28 +401,27 @@ def check_upload(folder: Path, url: str) -> None:
 
 
 def fetch(url: str, folder: Path) -> Path:
-    """Download the newest whole checkpoint of the run at a URL into a folder: its pretrained_model."""
-    resumable = r"checkpoint_\d+/training_state/resume\.json$"
-    names = {path.partition("/")[0] for path in listed(f"{url}/checkpoints", resumable)}
+    """Download the newest whole checkpoint of the run at a URL, and its config.yaml, into a folder: its pretrained_model."""
+    there = sorted(listed(f"{url}/checkpoints", ".*"))
+    names = {path.partition("/")[0] for path in there if re.fullmatch(rf"checkpoint_\d+/{RESUME}", path)}
     for name in sorted(names, key=lambda name: int(name.partition("_")[2]), reverse=True):
-        final, half = folder / name, folder / f".{name}.tmp"
-        shutil.rmtree(half, ignore_errors=True)
-        half.mkdir(parents=True)
-        osmo("data", "download", f"{url}/checkpoints/{name}", str(half), show=True, advice=DATA)
-        sizes = json.loads((half / "training_state/resume.json").read_text())["files"]
-        if lacking := [file for file, size in sizes.items() if not has_size(half / file, size)]:
-            print(f"{name}: not whole, without {', '.join(lacking)}; the one before it is taken", file=sys.stderr)
-            shutil.rmtree(half)
-            continue
-        shutil.rmtree(final, ignore_errors=True)  # of a run of the same name before, perhaps
-        half.rename(final)
-        return final / "pretrained_model"
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".", dir=folder) as temporary:
+            half, wanted = Path(temporary), rf"{name}/|config\.yaml$"
+            osmo("data", "download", f"{url}/checkpoints", temporary, "--regex", wanted, show=True, advice=DATA)
+            if lost := [path for path in there if re.match(wanted, path) and not (half / path).exists()]:
+                raise Fault(*(f"{url}/checkpoints/{path}: did not arrive; run the same command again" for path in lost))
+            if lack := missing(half / name):
+                print(f"{name}: not whole: {lack}; the one before it is taken", file=sys.stderr)
+                continue
+            shutil.rmtree(folder / name, ignore_errors=True)  # of a run of the same name before, perhaps
+            (half / name).rename(folder / name)
+            if (half / "config.yaml").exists():
+                (half / "config.yaml").replace(folder / "config.yaml")
+        return folder / name / "pretrained_model"
     raise Fault(f"{url}/checkpoints: holds no whole checkpoint; the run's log says how far it is")
 
 
-def has_size(file: Path, size: int) -> bool:
-    return file.exists() and file.stat().st_size == size
-
-
 if __name__ == "__main__":
-    main()
+    with told_plainly():
+        main()

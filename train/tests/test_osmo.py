@@ -1,6 +1,5 @@
 """The OSMO bundle: the workflow as the server renders it, the task's script with local folders, submit.py with a stand-in."""
 
-import ast
 import contextlib
 import json
 import os
@@ -24,7 +23,9 @@ from recordings import episode, write
 from test_dataset import recorded
 from test_train import tiny
 
+import evaluate
 from config import load
+from osmo.submit import imported, wrong_scripts
 from policy import Policy
 
 TRAIN = Path(__file__).parents[1]
@@ -45,26 +46,12 @@ def tasks(workflow: dict[str, Any]) -> list[dict[str, Any]]:
     return workflow["groups"][0]["tasks"]
 
 
-def imports(module: str, seen: frozenset[str] = frozenset()) -> set[str]:
-    """The modules of train/ that a module imports, early or late, and those that they import."""
-    found: set[str] = set()
-    nodes = ast.parse((TRAIN / f"{module}.py").read_text()).body
-    if module != "train":  # what only its own command needs
-        nodes = [node for node in nodes if not (isinstance(node, ast.FunctionDef) and node.name == "main")]
-    for node in (inner for outer in nodes for inner in ast.walk(outer)):
-        names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-        names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-        found |= {name for name in names if (TRAIN / f"{name}.py").exists()}
-        found -= seen | {module}
-    return {module}.union(*(imports(name, seen | found | {module}) for name in found))
-
-
 def test_what_is_sent_is_what_train_py_imports() -> None:
     files = {file["path"]: OSMO / file["localpath"] for file in tasks(rendered())[0]["files"]}
-    assert {path for path in files if path.endswith(".py")} == {f"/opt/act/{name}.py" for name in imports("train")}
+    assert {path for path in files if path.endswith(".py")} == {f"/opt/act/{name}" for name in imported()}
     assert {"/opt/act/osmo-config.yaml", "/opt/act/train.sh"} < files.keys()
+    assert not list(wrong_scripts())
     for path in files.values():
-        assert not re.search(r"\{[{%#]", path.read_text()), f"{path}: the server would render this"
         assert path.stat().st_size < 2**19, "each becomes a Kubernetes Secret of 1 MiB at most"
 
 
@@ -139,8 +126,22 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def submit(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(OSMO / "submit.py"), *map(str, arguments)]
+@pytest.fixture
+def mine(tmp_path: Path) -> Path:
+    """The folder osmo/ of a copy of the scripts: to edit them, and to fetch into."""
+    shutil.copytree(OSMO, tmp_path / "mine/train/osmo", ignore=shutil.ignore_patterns("__pycache__"))
+    for script in TRAIN.glob("*.py"):
+        shutil.copy(script, tmp_path / "mine/train")
+    return tmp_path / "mine/train/osmo"
+
+
+def edit(file: Path, old: str, new: str) -> None:
+    assert old in file.read_text()
+    file.write_text(file.read_text().replace(old, new))
+
+
+def submit(*arguments: str | Path, osmo: Path = OSMO) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(osmo / "submit.py"), *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert "Traceback" not in done.stderr and "secret" not in done.stdout + done.stderr, done.stderr
     return done
@@ -238,6 +239,8 @@ def test_what_osmo_refuses(
             ["did you mean training.steps", "would expand this"],
         ),
         (["data={bag_dir: /x}"], 1, ["data.bag_dir", "--rosbags"]),
+        (["training.init_from=outputs/mine"], 1, ["training.init_from: /", "outputs/mine: is not in the pod"]),
+        (["--rosbags", "s3://a/b", "--dataset", "cups"], 2, ["--dataset: not allowed with argument --rosbags"]),
         (["data.bag_dir=https://a.blob.core.windows.net"], 1, ["names no container"]),
         (
             ["data.bag_dir=https://a.blob.core.windows.net/bags/cups?sv=1&sig=secret", "--rosbags", "s3://a/b"],
@@ -266,6 +269,66 @@ def test_recordings_that_the_pod_reads_from_blob(world: Path) -> None:
     assert f"settings={url}" in sent and "azure_cred=azure_cred" in sent
 
 
+def test_the_settings_of_the_workflow_file_hold_where_none_are_given(world: Path, mine: Path) -> None:
+    url = "data.bag_dir=https://robots.blob.core.windows.net/bags/cups"
+    edit(mine / "osmo-workflow.yaml", 'settings: ""', f"settings: {url} 'training.steps=20'")
+    done = submit(osmo=mine)
+    assert done.returncode == 0 and not calls(world, "data"), done.stderr
+    (sent,) = calls(world, "workflow", "submit")
+    assert not any(word.startswith("settings=") for word in sent), "nothing overrides them"
+    done = submit("training.steps=30", osmo=mine)
+    assert done.returncode == 0 and "settings=training.steps=30" in calls(world, "workflow", "submit")[1], done.stderr
+    edit(mine / "osmo-workflow.yaml", "20'", "20")
+    assert "close the quote" in submit(osmo=mine).stderr
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("  run: train-rosbag-act ", "  run: 2026 ", ["default-values: run: found 2026, expected text"]),
+        ("  gpus: 1 ", "  gpus: one ", ["default-values: gpus: found 'one', expected a number"]),
+        ("  nodes: 1", "  nodes: [1", ["default-values: is not valid YAML", "line {line}"]),
+        ('  dataset: "" ', "  dataset: cups ", ["dataset: 'cups' would be trained on, not --rosbags"]),
+    ],
+)
+def test_what_is_wrong_in_the_workflow_file(world: Path, mine: Path, old: str, new: str, words: list[str]) -> None:
+    file = mine / "osmo-workflow.yaml"
+    line = file.read_text().split(old)[0].count("\n") + 1
+    edit(file, old, new)
+    done = submit("--rosbags", "azure://stosmorbt3dev001/datasets", osmo=mine)
+    assert done.returncode == 1 and all(word.format(line=line) in done.stderr for word in words), done.stderr
+    assert not calls(world)
+
+
+def test_scripts_that_a_pod_could_not_run(world: Path, mine: Path) -> None:
+    train = mine.parent
+    (train / "gripper.py").write_text("")
+    edit(train / "ranks.py", "import annotations\n", "import annotations\nimport gripper\n")
+    edit(mine / "train.sh", "set -euo pipefail\n", 'set -euo pipefail\necho "${#settings[@]}"\n')
+    (train / "log.py").open("a").write('f"{{steps}}"\n')
+    (train / "simulate.py").write_text("{{ # is not sent\n")
+    done = submit("--gpus", "-1", osmo=mine)
+    assert done.returncode == 1 and done.stderr.count("error:") == 4 and not calls(world), done.stderr
+    for words in ("gripper.py: train.py imports it", "train.sh:9: ", "would take {# for", "log.py:", "--gpus -1"):
+        assert words in done.stderr, done.stderr
+    (train / "ranks.py").write_text("import")
+    (train / "chunks.py").unlink()
+    done = submit(osmo=mine)
+    assert f"{train}/ranks.py:1: " in done.stderr and "chunks.py: is not there" in done.stderr, done.stderr
+
+
+def test_links_to_folders_are_not_uploaded(world: Path, tmp_path: Path) -> None:
+    write(tmp_path / "elsewhere/episode_1", episode(camera=False))
+    write(tmp_path / "bags/episode_0", episode(camera=False))
+    for name in ("day_1", "day_2"):
+        (tmp_path / "bags" / name).symlink_to(tmp_path / "elsewhere")
+    done = submit("--rosbags", tmp_path / "bags")
+    assert done.returncode == 1 and not calls(world) and done.stderr.count("error:") == 1, done.stderr
+    assert f"{tmp_path}/bags/day_1, {tmp_path}/bags/day_2; copy what they lead to" in done.stderr
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    assert submit("--rosbags", tmp_path / "link").returncode == 0, "the folder itself may be one"
+
+
 def test_two_workflows_of_one_run(world: Path) -> None:
     assert submit("--priority", "LOW").returncode == 0 and "--all-users" in calls(world, "workflow", "list")[0]
     running = [
@@ -292,8 +355,9 @@ def test_without_a_login_or_the_command(world: Path) -> None:
     done = submit()
     assert done.returncode == 2 and "not logged in; osmo login http://192.168.1.100" in done.stderr
     (world / "bin/osmo").unlink()
-    done = submit()
-    assert done.returncode == 2 and "osmo: no such command" in done.stderr
+    for arguments in ((), ("--fetch", "cups")):
+        done = submit(*arguments)
+        assert done.returncode == 2 and "osmo: no such command; install" in done.stderr
 
 
 def free_port() -> int:
@@ -470,20 +534,36 @@ def test_a_finished_run_that_is_submitted_again_hands_over_its_policy(tmp_path: 
     assert json.loads((pod.output / "pretrained_model/robot.json").read_text())["step"] == 10
 
 
-def test_fetching_the_newest_whole_checkpoint(tmp_path: Path, world: Path) -> None:
+def test_fetching_the_newest_whole_checkpoint(
+    tmp_path: Path, world: Path, mine: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     pod = Pod(tmp_path, world, "training.steps=10")
     process = pod.start()
     process.communicate(timeout=120)
-    stored = world / "storage/stosmorbt3dev001/datasets/runs/test-of-fetching/checkpoints"
+    stored = world / "storage/stosmorbt3dev001/datasets/runs/cups/checkpoints"
     shutil.copytree(pod.checkpoints, stored)
     (stored / "checkpoint_000010/pretrained_model/config.json").write_text("{")
-    fetched = OSMO.parents[1] / "outputs/test-of-fetching"
-    try:
-        done = submit("--fetch", "test-of-fetching")
+    outputs = mine.parents[1] / "outputs"
+    (outputs / "cups/checkpoint_000005").mkdir(parents=True)
+    (world / "answers.json").write_text(json.dumps({"data download": [0, ""]}))
+    done = submit("--fetch", "cups", osmo=mine)
+    assert done.returncode == 1 and "resume.json: did not arrive; run the same command again" in done.stderr
+    (world / "answers.json").unlink()
+    for _ in range(2):
+        done = submit("--fetch", "cups", osmo=mine)
         assert done.returncode == 0, done.stderr
-        assert "checkpoint_000010: not whole, without pretrained_model/config.json" in done.stderr
-        assert Policy.load(Path(done.stdout.strip())) and "checkpoint_000005" in done.stdout
-    finally:
-        shutil.rmtree(fetched, ignore_errors=True)
-    done = submit("--fetch", "nothing-there")
+    assert "checkpoint_000010: not whole: pretrained_model/config.json has 1 of" in done.stderr
+    fetched = outputs / "osmo/cups/checkpoint_000005"
+    assert Path(done.stdout.strip()) == fetched / "pretrained_model"
+    assert {path.name for path in fetched.parent.iterdir()} == {fetched.name, "config.yaml"}
+    assert not list((outputs / "cups/checkpoint_000005").iterdir()), "a run of this machine's own is left alone"
+
+    for gone in (pod.folder / "bags", pod.folder / "pod"):
+        shutil.rmtree(gone)
+    write(tmp_path / "unseen/episode_9", episode(seed=9, camera=False))
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", str(fetched), "--bags", str(tmp_path / "unseen")])
+    evaluate.main()
+    assert "1 recordings not trained on" in capsys.readouterr().out
+
+    done = submit("--fetch", "nothing-there", osmo=mine)
     assert done.returncode == 1 and "holds no whole checkpoint" in done.stderr
