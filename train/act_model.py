@@ -269,13 +269,13 @@ class Attention(nn.Module):
         biases = bias_q, bias_k.detach(), bias_v
         inputs = zip((query, key, value), self.in_proj_weight.chunk(3), biases, strict=True)
         q, k, v = (F.linear(x, w, b).unflatten(-1, (self.heads, -1)).transpose(1, 2) for x, w, b in inputs)
-        rate = self.dropout.rate if self.training else 0.0
-        if rate and query.device.type == "cpu":  # where no fused kernel has dropout
+        if query.device.type == "cpu":  # whose fused kernel has no dropout, and takes two to seven times as long
             scores = (q * q.shape[-1] ** -0.5) @ k.mT
             if attend is not None:
                 scores = scores.masked_fill(~attend, -math.inf)
             out = self.dropout(scores.softmax(-1)) @ v
         else:
+            rate = self.dropout.rate if self.training else 0.0
             out = F.scaled_dot_product_attention(q, k, v, attend, rate)
         return self.out_proj(out.transpose(1, 2).flatten(2))
 
