@@ -155,7 +155,8 @@ def _described_bag(metadata: Path, name: str) -> Bag:
         raise Fault(
             f"{metadata}: names {', '.join(missing) or 'no file'}, which is not there; copy the whole recording, or {advice}"
         )
-    if unlisted := [path.name for path in sorted(metadata.parent.iterdir()) if _is_storage(path) and path not in files]:
+    beside = [path for path in _files(metadata.parent) if path.parent == metadata.parent and _is_storage(path)]
+    if unlisted := [path.name for path in beside if path not in files]:
         raise Fault(f"{metadata}: does not name {', '.join(unlisted)}, which lies beside it; move it away, or {advice}")
     return Bag(name, files, declared)
 

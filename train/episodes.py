@@ -51,7 +51,7 @@ def read_recording(bag: Bag, data: Data) -> Recording:
 def cut(name: str, series: dict[str, Series], data: Data) -> Recording:
     """The episodes of a bag's topics. Raises Fault where there is none."""
     commands = data.commands
-    found = [jumps(series[signal.topic], signal) for signal in (*data.state, *commands)]
+    found = [jumps(series[signal.topic], signal) for signal in dict.fromkeys((*data.state, *commands))]
     if spikes := [spike for some, _ in found for spike in some]:
         advice = "and back; no arm can: its driver or the file is at fault: cut the recording, or leave it out"
         raise Fault(*(f"{name}: {spike} {advice}" for spike in spikes))

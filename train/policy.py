@@ -163,10 +163,11 @@ class Policy:
         """State (S,) float32 in the policy's order, and the pictures in that of its cameras. Raises Fault with all faults."""
         faults: list[str] = []
         state = self._checked_state(observation.get("state"), faults)
-        images = observation.get("images")
+        images = observation.get("images", {})
         if not isinstance(images, Mapping):
-            images = {} if images is None else {f"a {type(images).__name__}": None}
-        if set(images) != set(self.cameras):
+            faults.append(f"observation: images is a {type(images).__name__}; expected a picture by camera's name")
+            images = {}
+        elif set(images) != set(self.cameras):
             faults.append(f"observation: images of {sorted(images)}; expected one of each of {sorted(self.cameras)}")
         pictures = {name: _array(images[name]) for name in self.cameras if name in images}
         for name, picture in pictures.items():

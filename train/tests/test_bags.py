@@ -280,6 +280,7 @@ def test_links_copies_and_recordings_within_recordings(tmp_path: Path) -> None:
     (tmp_path / "bags/self").symlink_to(tmp_path / "bags")
     (tmp_path / "bags/of another disk").symlink_to(write(tmp_path / "disk/two", episode(0.3, seed=1)))
     write(one / "old/three", episode(0.3, seed=2))
+    (one / "._one.mcap").write_bytes(b"what macOS leaves beside a file")
     bags, faults = find_bags(tmp_path / "bags")
     assert [bag.name for bag in bags] == ["of another disk", "one", "one/old/three"] and not faults
 

@@ -258,6 +258,12 @@ def test_a_commanded_jump_is_refused(tmp_path: Path) -> None:
     commanded = configured(tmp_path, f"data.action.from=[{{topic: {COMMAND}, joints: [a, b, c]}}]")
     with pytest.raises(Fault, match=f"{COMMAND}: b goes from .* to 25 within 20.0 ms, at message 20"):
         load_dataset(commanded)
+    itself = configured(
+        tmp_path, *(f"data.{one}=[{{topic: {COMMAND}, joints: [a, b, c]}}]" for one in ("state", "action.from"))
+    )
+    with pytest.raises(Fault) as caught:
+        load_dataset(itself)
+    assert len(caught.value.args) == 1, "once, though it is the state and the action"
 
 
 def test_a_picture_that_changes_its_size(tmp_path: Path) -> None:

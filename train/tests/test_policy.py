@@ -137,7 +137,7 @@ def test_it_says_what_it_is_and_refuses_another_robot(trained_once: Path, tmp_pa
         ({"images": {"color": SHOT / 255}}, ["color: (96, 128, 3) float64", "uint8 RGB"]),
         ({"images": {"color": SHOT.transpose(2, 0, 1)}}, ["color: (3, 96, 128) uint8"]),
         ({"images": {"color": None}}, ["color: () object"]),
-        ({"images": SHOT}, ["images of ['a ndarray']", "one of each of ['color']"]),
+        ({"images": SHOT}, ["images is a ndarray; expected a picture by camera's name"]),
         ({"images": {"color": torch.zeros(48, 64, 3, device="meta")}}, ["color: () object", "uint8 RGB"]),
         ({"images": {"color": picture(5, 90, 160)}}, ["color: 160x90", "trained on 64x48"]),
     ],
