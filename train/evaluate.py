@@ -22,15 +22,15 @@ from typing import Any
 import numpy as np
 import torch
 
-import report
-from bags import find_bags
 from config import Config, load
-from dataset import Dataset, load_dataset
+from dataset.cache import Dataset, load_dataset
+from evaluation import report
+from evaluation.errors import METHODS, measure, summary
 from faults import Fault, Stopped, told_plainly
-from figures import UNIT
-from measure import METHODS, measure, summary
-from policy import Policy
-from run_folder import best_checkpoint, validation, whole_checkpoints, write_whole
+from page import UNIT
+from policy.runner import Policy
+from recordings.bags import find_bags
+from training.run_folder import best_checkpoint, validation, whole_checkpoints, write_whole
 
 
 def table(found: dict[str, Any]) -> str:
@@ -215,7 +215,7 @@ def main() -> None:
         print(table(found))
         print(where)
         if arguments.simulate is not None:
-            from simulate import simulate  # which only the demonstration needs
+            from evaluation.closed_loop import simulate  # which only the demonstration needs
 
             print(simulate(Policy.load(folder / "pretrained_model", device), config, arguments.simulate, out))
 

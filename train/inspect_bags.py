@@ -25,14 +25,14 @@ from typing import Any
 
 from tqdm import tqdm
 
-from bags import Bag, find_bags
-from blob import local_folder
 from blob_url import BlobUrl, is_url
 from config import Config, Data, load
 from faults import Fault, told_plainly
-from inspection import BAD, GOOD, USABLE, Found, inspect
-from run_folder import write_whole
-from topics import SECOND, Spread, Topic
+from inspection.topics import SECOND, Spread, Topic
+from inspection.verdict import BAD, GOOD, USABLE, Found, inspect
+from recordings.azure_blob import local_folder
+from recordings.bags import Bag, find_bags
+from training.run_folder import write_whole
 
 COLUMNS = 100
 HEAD = (
@@ -211,7 +211,7 @@ def main() -> None:
                 f"--propose: {len(places)} places; data.bag_dir is one: give the folder that holds the recordings, no more"
             )
         if arguments.propose:
-            from propose import propose  # only here
+            from inspection.propose import propose  # only here
 
             print(propose(bags, places[0]), end="")
             return
@@ -228,7 +228,7 @@ def main() -> None:
             if arguments.html:
                 all_found.append(found)
         if arguments.html:
-            from inspect_page import page  # only here
+            from inspection.report import page  # only here
 
             write_whole(arguments.html, page(all_found, config, faults))
         last = closing(verdicts, len(faults), config is not None)

@@ -28,20 +28,19 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-import checkpoint
-import plausibility
-import pretrained
-import run_folder
 from act_model import ACT, act_loss, load_imagenet_weights
-from augment import Augment
-from checkpoint import FIGURES, TrainingState
 from config import Config, Training, dump, load, to_dict
-from dataset import Batch, Dataset, batches, load_dataset
+from dataset.augment import Augment
+from dataset.cache import Batch, Dataset, batches, load_dataset
+from dataset.normalize import Normalizer
 from evaluate import judge_at_the_end
 from faults import LEFT_OUT, Fault, Stopped, told_plainly
-from log import Log
-from normalize import Normalizer
-from ranks import Ranks, together
+from policy import pretrained
+from recordings import plausibility
+from training import checkpoints, run_folder
+from training.checkpoints import FIGURES, TrainingState
+from training.log import Log
+from training.processes import Ranks, together
 
 VALIDATION_SAMPLES = 512  # spread evenly over the held-out ticks
 
@@ -56,7 +55,7 @@ def train(config: Config, dataset: Dataset, ranks: Ranks = Ranks()) -> Path:  # 
     precision = _precision(settings.precision, device)
     ranks.agree(
         **{"kind of device": device.type, "precision": str(precision), "training": to_dict(settings)},
-        **checkpoint.settings_to_keep(config, dataset, ranks.world),
+        **checkpoints.settings_to_keep(config, dataset, ranks.world),
     )
     state = _start(config, dataset, device, ranks)
     model, optimizer, window, held_out = state.model, state.optimizer, state.window, state.held_out
@@ -101,7 +100,7 @@ def train(config: Config, dataset: Dataset, ranks: Ranks = Ranks()) -> Path:  # 
                         held_out = {"mean L1 in standard deviations": figure, "at step": step}
                     if ranks.first and saving:
                         now = TrainingState(step, model, optimizer, window, held_out)
-                        checkpoint.save(now, normalizer, config, dataset, ranks.world, figure)
+                        checkpoints.save(now, normalizer, config, dataset, ranks.world, figure)
                     ranks.wait()
             bar.update()
             if stopping:
@@ -186,10 +185,10 @@ def _start(config: Config, dataset: Dataset, device: torch.device, ranks: Ranks)
     )
     state = TrainingState(0, model, optimizer, [], {})
     if newest is not None:
-        state = checkpoint.restore(newest, state, config, dataset, ranks.world)
+        state = checkpoints.restore(newest, state, config, dataset, ranks.world)
         print(f"going on from {newest}", flush=True)
     if ranks.world > 1:
-        state = checkpoint.receive(state, ranks)
+        state = checkpoints.receive(state, ranks)
     if not ranks.first or (state.step >= config.training.steps and (config.output_dir / "config.yaml").exists()):
         return state
     try:

@@ -24,7 +24,7 @@ import torch
 sys.path.extend(str(Path(__file__).parents[1] / folder) for folder in ("", "tests"))
 from lerobot_side import ACTPolicy, make_pre_post_processors, untrained
 
-from policy import Policy
+from policy.runner import Policy
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 STATE, ACTION = 14, 14

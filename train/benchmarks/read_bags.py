@@ -29,10 +29,10 @@ from rosbags.rosbag2 import StoragePlugin, Writer
 from tqdm import tqdm
 
 sys.path.extend(str(Path(__file__).parents[1] / folder) for folder in ("", "tests"))
-from recordings import CAMERA, JOINTS, START, STATE, STORES, joint_state, make
+from writing import CAMERA, JOINTS, START, STATE, STORES, joint_state, make
 
 from config import load
-from dataset import load_dataset
+from dataset.cache import load_dataset
 
 TRAIN = Path(__file__).parents[1]
 BAGS, SIZE, PICTURES = 8, (240, 320), 64

@@ -22,7 +22,7 @@ from lerobot_side import ACTConfig, ACTPolicy, FeatureType, PolicyFeature
 
 from act_model import ACT, act_loss
 from config import Model, Training
-from normalize import Moments, Normalizer, imagenet
+from dataset.normalize import Moments, Normalizer, imagenet
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BATCH, STATE, ACTION = 8, 14, 14

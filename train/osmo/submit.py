@@ -13,7 +13,6 @@ It ends with 0 when all is well, 1 when there is something to mend here, else as
 from __future__ import annotations
 
 import argparse
-import ast
 import json
 import os
 import re
@@ -36,7 +35,7 @@ sys.path.insert(0, str(TRAIN))
 
 from config import ROOT, load  # noqa: E402 -- from the folder above
 from faults import Fault, told_plainly  # noqa: E402
-from run_folder import RESUME, missing  # noqa: E402
+from training.run_folder import RESUME, missing  # noqa: E402
 
 WORKFLOW, CONFIG = HERE / "osmo-workflow.yaml", HERE / "osmo-config.yaml"
 RECORDING = r"(.*/)?(metadata\.yaml|.*\.(bag|db3|mcap)[^/]*)$"  # as in osmo-workflow.yaml
@@ -263,8 +262,8 @@ def wrong_values(values: dict[str, Any], folder: Path | None, settings: list[str
 
 
 def wrong_scripts() -> Iterator[str]:
-    """What would break in the pod of the files that are sent: the server renders them, and they need each other."""
-    sent = set(re.findall(r'"(\w+\.py)"', WORKFLOW.read_text()))
+    """What the server would take for its own in the files that are sent: it renders them."""
+    sent = set(re.findall(r'"([\w/]+\.py)"', WORKFLOW.read_text()))
     for path in (*(TRAIN / name for name in sorted(sent)), CONFIG, HERE / "train.sh"):
         if not path.exists():
             yield f"{path}: is not there; take it out of the files in {WORKFLOW.name}"
@@ -272,25 +271,6 @@ def wrong_scripts() -> Iterator[str]:
         for number, line in enumerate(path.read_text().splitlines(), 1):
             if mark := re.search(r"\{[{%#]", line):
                 yield f"{path}:{number}: the server would take {mark[0]} for its own; part the two, with a blank or otherwise"
-    try:
-        for name in sorted(imported() - sent):
-            yield f"{TRAIN / name}: train.py imports it, but it is not sent; add it to the files in {WORKFLOW.name}"
-    except SyntaxError as error:
-        yield f"{error.filename}:{error.lineno}: {error.msg}; mend it before it is sent"
-
-
-def imported() -> set[str]:
-    """The scripts that train.py imports, early or late, and those that they import but for their own command."""
-    found, ahead = set(), {"train.py"}
-    while ahead:
-        found.add(script := ahead.pop())
-        nodes = ast.parse((TRAIN / script).read_text(), str(TRAIN / script)).body
-        nodes = [node for node in nodes if script == "train.py" or getattr(node, "name", "") != "main"]
-        for node in (inner for outer in nodes for inner in ast.walk(outer)):
-            names = [node.module] if isinstance(node, ast.ImportFrom) else []
-            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            ahead |= {f"{name}.py" for name in names if (TRAIN / f"{name}.py").exists()} - found
-    return found
 
 
 def reads_blob(settings: list[str]) -> bool:

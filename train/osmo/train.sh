@@ -36,10 +36,10 @@ if [ "$NODE" = 0 ]; then
     exit 1
   fi
   # Checkpoints that are here already are newer: OSMO may run this again in the same pod.
-  if [ -z "$(python run_folder.py "$CHECKPOINTS" 2>/dev/null)" ]; then
+  if [ -z "$(python -m training.run_folder "$CHECKPOINTS" 2>/dev/null)" ]; then
     arrived "$RUN_URL/checkpoints" "$BEFORE" '.*'
     if [ -f "$BEFORE/metrics.jsonl" ]; then cp "$BEFORE/metrics.jsonl" "$CHECKPOINTS/"; fi
-    python run_folder.py "$BEFORE" | while read -r checkpoint; do # the newest, then the best
+    python -m training.run_folder "$BEFORE" | while read -r checkpoint; do # the newest, then the best
       name=$(basename "$checkpoint")
       rm -rf "${CHECKPOINTS:?}/$name" "$CHECKPOINTS/.$name.tmp"
       cp -r "$checkpoint" "$CHECKPOINTS/.$name.tmp"
@@ -77,7 +77,7 @@ else
 fi
 
 if [ "$NODE" = 0 ] && { [ "$status" = 0 ] || [ "$status" = 3 ]; }; then
-  last=$(python run_folder.py "$CHECKPOINTS") # the newest, then the best
+  last=$(python -m training.run_folder "$CHECKPOINTS") # the newest, then the best
   last=${last%%$'\n'*}
   cp -r "$last/pretrained_model" "$CHECKPOINTS/metrics.jsonl" "$CHECKPOINTS/config.yaml" "$OUTPUT/"
   echo "policy: $RUN_URL/pretrained_model"

@@ -7,13 +7,13 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from recordings import picture
 from test_dataset import configured, recorded
 from test_train import TINY, assert_bit_equal, tiny, trained
+from writing import picture
 
 import train
-from augment import Augment
 from config import load
+from dataset.augment import Augment
 from faults import Fault
 
 PICTURES = torch.from_numpy(picture(3)).expand(4, 2, 48, 64, 3).contiguous()  # samples, cameras

@@ -10,7 +10,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from recordings import (
+from rosbags import rosbag2
+from rosbags.typesys import Stores, get_typestore
+from writing import (
     CAMERA,
     COMMAND,
     JOINTS,
@@ -27,14 +29,12 @@ from recordings import (
     picture,
     write,
 )
-from rosbags import rosbag2
-from rosbags.typesys import Stores, get_typestore
 
-import images
-from bags import Bag, Message, find_bags, read_messages
 from config import Signal
 from faults import Fault
-from signals import read_series
+from recordings import images
+from recordings.bags import Bag, Message, find_bags, read_messages
+from recordings.signals import read_series
 
 SHARED = Path(__file__).parents[3] / "shared/bags"
 JOINT_SIGNAL = Signal(STATE, JOINTS)
@@ -404,24 +404,24 @@ def test_memory_does_not_grow_with_recordings(tmp_path: Path) -> None:
     code = f"""
 import re
 from pathlib import Path
-import dataset
+from dataset import cache
 from config import load
 peaks = []
 def peak():
     peaks.append(int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) // 1024)
 Path("/proc/self/clear_refs").write_text("5")  # forget the peak of importing torch, whose CUDA build takes a gigabyte
-real = dataset._cache_recording
+real = cache._cache_recording
 def measured(*arguments):
     real(*arguments)
     peak()
-dataset._cache_recording = measured
+cache._cache_recording = measured
 peak()
-dataset.load_dataset(load(None, ["data.bag_dir={tmp_path}/bags", "data.cache_dir={tmp_path}/cache", "data.cameras={{color: {CAMERA}}}",
+cache.load_dataset(load(None, ["data.bag_dir={tmp_path}/bags", "data.cache_dir={tmp_path}/cache", "data.cameras={{color: {CAMERA}}}",
                                  "data.image_size=[48, 64]", "data.state=[{{topic: {STATE}, joints: [a, b, c]}}]"]))
 print(*peaks)
 """
     output = subprocess.run(
-        [sys.executable, "-c", code], cwd=Path(images.__file__).parent, capture_output=True, text=True, check=True
+        [sys.executable, "-c", code], cwd=Path(images.__file__).parents[1], capture_output=True, text=True, check=True
     )
     before, first, second = map(int, output.stdout.split())
     assert first - before < 150 and second - first < 30, f"{output.stdout} MB"

@@ -16,20 +16,20 @@ import azurite
 import numpy as np
 import pytest
 from azurite import ACCOUNT, Azurite
-from recordings import episode, write
 from test_train import run, tiny
+from writing import episode, write
 
-import blob_container
 import train
-from blob import local_folder, wrong_names
-from blob_container import Blob, Container, Unfinished
 from blob_url import BlobUrl
 from config import load
-from dataset import load_dataset
+from dataset.cache import load_dataset
 from faults import AGAIN, Fault
+from recordings import blob_container
+from recordings.azure_blob import local_folder, wrong_names
+from recordings.blob_container import Blob, Container, Unfinished
 
 sdk = pytest.importorskip("azure.storage.blob", reason="the extra `azure` is not installed")
-TRAIN = Path(blob_container.__file__).parent
+TRAIN = Path(blob_container.__file__).parents[1]
 SECRET = "c2VjcmV0" * 8  # a key that is none
 
 
@@ -102,7 +102,7 @@ def fault(url: str, cache: Path) -> Fault:
 
 
 def script(code: str, *arguments: str | Path) -> subprocess.Popen[str]:
-    before = f"import sys; sys.path.insert(0, {str(TRAIN)!r}); import blob_container; blob_container.PIECE = 1 << 16\n"
+    before = f"import sys; sys.path.insert(0, {str(TRAIN)!r}); from recordings import blob_container; blob_container.PIECE = 1 << 16\n"
     command = [sys.executable, "-c", before + code, *map(str, arguments)]
     pipe = subprocess.PIPE
     return subprocess.Popen(command, text=True, stdin=pipe, stdout=pipe, stderr=pipe)
@@ -136,7 +136,8 @@ def test_training_from_blob_is_as_from_the_folder(tmp_path: Path, blobs: Blobs) 
 KILLED = """
 import json, os, random, signal, time
 from pathlib import Path
-import azure.identity, azure.storage.blob, blob
+import azure.identity, azure.storage.blob
+from recordings import azure_blob
 from blob_url import BlobUrl
 url, cache = BlobUrl(sys.argv[1]), Path(sys.argv[2])
 def held():
@@ -144,7 +145,7 @@ def held():
 for kill in range(20):
     goal = held() + (int(sys.argv[3]) - held()) * random.Random(kill).uniform(0, 0.15)
     if not (child := os.fork()):
-        blob.local_folder(url, cache)
+        azure_blob.local_folder(url, cache)
         os._exit(0)
     while held() < goal and os.waitpid(child, os.WNOHANG) == (0, 0):
         time.sleep(0.0005)
@@ -153,7 +154,7 @@ for kill in range(20):
     whole = [path.name for path in cache.rglob("*.mcap")]
     print(json.dumps(whole), flush=True)
     input()
-print(blob.local_folder(url, cache))
+print(azure_blob.local_folder(url, cache))
 """
 
 
@@ -186,12 +187,13 @@ def test_killed_twenty_times_in_the_middle(tmp_path: Path, blobs: Blobs) -> None
 TWO = """
 import os
 from pathlib import Path
-import azure.identity, azure.storage.blob, blob
+import azure.identity, azure.storage.blob
+from recordings import azure_blob
 from blob_url import BlobUrl
 children = []
 for _ in range(2):
     if not (child := os.fork()):
-        blob.local_folder(BlobUrl(sys.argv[1]), Path(sys.argv[2]))
+        azure_blob.local_folder(BlobUrl(sys.argv[1]), Path(sys.argv[2]))
         os._exit(0)
     children.append(child)
 sys.exit(max(os.waitpid(child, 0)[1] for child in children))
@@ -280,11 +282,12 @@ def test_a_server_that_goes_and_comes_back(
 FULL = """
 import resource
 from pathlib import Path
-import blob, faults
+import faults
+from recordings import azure_blob
 from blob_url import BlobUrl
 resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
 with faults.told_plainly():
-    blob.local_folder(BlobUrl(sys.argv[1]), Path(sys.argv[2]))
+    azure_blob.local_folder(BlobUrl(sys.argv[1]), Path(sys.argv[2]))
 """
 
 

@@ -10,7 +10,7 @@ from zlib import crc32
 
 import numpy as np
 import pytest
-from recordings import (
+from writing import (
     CAMERA,
     COMMAND,
     KINDS,
@@ -27,11 +27,11 @@ from recordings import (
     write,
 )
 
-from bags import find_bags, open_storage, plain
 from config import load
-from dataset import load_dataset
+from dataset.cache import load_dataset
 from faults import Fault
-from inspection import inspect
+from inspection.verdict import inspect
+from recordings.bags import find_bags, open_storage, plain
 
 JOINT_STATE, JPEG = "sensor_msgs/msg/JointState", "sensor_msgs/msg/CompressedImage"
 STORAGES = (*KINDS, "mcap-crc")

@@ -7,15 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from recordings import CAMERA, COMMAND, MS, START, STATE, Timed, episode, image, joint_state, jpeg, picture, write
+from writing import CAMERA, COMMAND, MS, START, STATE, Timed, episode, image, joint_state, jpeg, picture, write
 
-import dataset
-from bags import find_bags
 from config import Config, load
-from dataset import Dataset, batches, load_dataset
-from episodes import Recording, read_recording
+from dataset import cache
+from dataset.cache import Dataset, batches, load_dataset
 from faults import Fault, NoRoom
-from ranks import Ranks
+from recordings.bags import find_bags
+from recordings.episodes import Recording, read_recording
+from training.processes import Ranks
 
 
 def configured(folder: Path, *overrides: str) -> Config:
@@ -197,7 +197,7 @@ def test_a_second_run_reads_no_bag_and_a_new_bag_is_read_alone(tmp_path: Path, m
         load_dataset(configured(tmp_path, "data.fps=10"))
 
 
-def by_recording(split: dataset.Split) -> dict[str, np.ndarray]:
+def by_recording(split: cache.Split) -> dict[str, np.ndarray]:
     return dict(zip(split.names, np.split(split.state, np.cumsum(split.lengths)[:-1]), strict=True))
 
 
@@ -235,7 +235,7 @@ def test_bad_recordings_may_be_skipped_and_are_told_apart_from_a_full_disk(
     with pytest.raises(Fault) as caught:  # nothing is left to train on
         load_dataset(configured(tmp_path, "data.on_bad_bag=skip", "data.cameras={color: /elsewhere}"))
     assert len(caught.value.args) == 5
-    monkeypatch.setattr(dataset, "_write_recording", lambda *_: os.open("/dev/full/x", os.O_RDONLY))
+    monkeypatch.setattr(cache, "_write_recording", lambda *_: os.open("/dev/full/x", os.O_RDONLY))
     with pytest.raises(NoRoom):
         load_dataset(configured(tmp_path, "data.on_bad_bag=skip", "data.fps=10"))
 

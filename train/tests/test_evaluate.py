@@ -13,19 +13,19 @@ import numpy as np
 import pytest
 import torch
 from browser import needs_browser, seen
-from recordings import COMMAND, episode, write
 from safetensors.torch import load_file, save_file
 from test_dataset import recorded
 from test_train import tiny, trained
+from writing import COMMAND, episode, write
 
 import evaluate
 import train
 from act_model import DecoderLayer
-from attention import attention
 from config import Config, load
-from dataset import Dataset, load_dataset
+from dataset.cache import Dataset, load_dataset
+from evaluation.attention import attention
 from faults import Stopped
-from policy import Policy
+from policy.runner import Policy
 
 COMMANDS = f"[{{topic: {COMMAND}, joints: [a, b, c]}}]"
 

@@ -11,10 +11,10 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from recordings import episode, write
 from test_train import tiny
+from writing import episode, write
 
-from policy import Policy
+from policy.runner import Policy
 
 TESTS = Path(__file__).parent
 TRAIN = TESTS.parent
@@ -128,8 +128,11 @@ def test_it_holds_the_code_and_says_what_it_is(image: str) -> None:
     labels = {name.removeprefix("org.opencontainers.image."): text for name, text in settings["Labels"].items()}
     assert labels["revision"] == "c0ffee" and labels["base.name"] == image.replace("rosbag-act", "standin")
     assert labels["title"] == "rosbag-act" and labels["description"]
-    for_the_build = {"base_versions.py", "requirements.txt", "base.txt"}
-    assert set(in_pod(image, "ls", "-A").split()) == {path.name for path in TRAIN.glob("*.py")} | for_the_build
+    elsewhere = ("tests", "benchmarks", "osmo")
+    rooms = (*TRAIN.glob("*.py"), *TRAIN.glob("[!.]*/*.py"))
+    wanted = {str(path.relative_to(TRAIN)) for path in rooms if path.relative_to(TRAIN).parts[0] not in elsewhere}
+    found = set(in_pod(image, "find", ".", "-type", "f", "-printf", "%P\n").split())
+    assert found == wanted | {f"osmo/{name}" for name in ("base_versions.py", "requirements.txt", "base.txt")}
     assert in_pod(image).startswith("usage: train.py")
 
 
@@ -161,6 +164,8 @@ def test_a_requirement_that_changes_the_base_fails_the_build(bases: None, tmp_pa
     shutil.copytree(TRAIN / "osmo", tmp_path / "train/osmo")
     for path in TRAIN.glob("*.py"):
         shutil.copy(path, tmp_path / "train")
+    for room in TRAIN.glob("[!.]*/__init__.py"):
+        shutil.copytree(room.parent, tmp_path / "train" / room.parent.name)
     with (tmp_path / "train/osmo/requirements.txt").open("a") as requirements:
         requirements.write("numpy>=2\n")
     base = "--build-arg=BASE_IMAGE=localhost/standin:unconstrained"

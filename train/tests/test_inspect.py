@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from recordings import (
+from writing import (
     CAMERA,
     COMMAND,
     MS,
@@ -28,12 +28,12 @@ from recordings import (
 )
 
 import inspect_bags
-import plausibility
-from bags import find_bags
 from config import Config, load
-from dataset import load_dataset
-from inspection import BAD, GOOD, USABLE, Found, inspect
-from propose import propose
+from dataset.cache import load_dataset
+from inspection.propose import propose
+from inspection.verdict import BAD, GOOD, USABLE, Found, inspect
+from recordings import plausibility
+from recordings.bags import find_bags
 
 SHARED = Path(__file__).parents[3] / "shared/bags"
 SCRIPT = Path(inspect_bags.__file__)
@@ -401,13 +401,13 @@ def test_memory_does_not_grow_with_the_recording(tmp_path: Path) -> None:
     code = f"""
 import re
 from pathlib import Path
-import inspection
-from bags import find_bags
+from inspection import verdict
+from recordings.bags import find_bags
 def peak():
     return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) // 1024
 (bag,), _ = find_bags(Path("{tmp_path}/bags"))
 before = peak()
-print(inspection.inspect(bag, None, True).topics["{CAMERA}"].read, peak() - before)
+print(verdict.inspect(bag, None, True).topics["{CAMERA}"].read, peak() - before)
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=SCRIPT.parent, capture_output=True, text=True, check=True)
     read, grown = map(int, done.stdout.split())

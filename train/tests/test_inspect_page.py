@@ -7,15 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from browser import needs_browser, seen
-from recordings import CAMERA, COMMAND, MS, START, STATE, episode, image, joint_state, picture, write
+from writing import CAMERA, COMMAND, MS, START, STATE, episode, image, joint_state, picture, write
 
 import inspect_bags
-import inspect_page
-from bags import find_bags
 from config import Config, load
-from inspect_page import page
-from inspect_recording import Curve, _thinned
-from inspection import BAD, GOOD, USABLE, Found, inspect
+from inspection import report
+from inspection.detail import Curve, _thinned
+from inspection.report import page
+from inspection.verdict import BAD, GOOD, USABLE, Found, inspect
+from recordings.bags import find_bags
 
 JOINTS = "joints: [a, b, c]"
 UNITS = r"rad\), over time \(s\)\.$|\d+ x \d+ px|length \(s\)\.$"
@@ -119,7 +119,7 @@ def test_of_a_depth_camera_no_picture_is_shown(tmp_path: Path) -> None:
 
 
 def test_of_many_recordings_the_worst_are_drawn(recordings: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inspect_page, "DETAILED", 2)
+    monkeypatch.setattr(report, "DETAILED", 2)
     config = configured(recordings)
     drawn = page(inspected(recordings, config), config)
     assert re.findall(r'<section class="recording" id="recording-\d"><h2>(\w+)', drawn) == [

@@ -9,17 +9,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from recordings import COMMAND, STATE, episode, write
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_train import tiny
+from writing import COMMAND, STATE, episode, write
 
 import train
 from act_model import ACT, FrozenBatchNorm, act_loss
 from config import Model, load
-from dataset import load_dataset
+from dataset.cache import load_dataset
 from faults import Fault
-from policy import Ensembler, Policy
+from policy.runner import Ensembler, Policy
 
 PYTHONS = [python for python in os.environ.get("LEROBOT_PYTHONS", "").split(os.pathsep) if python]
 NOISE_SEED = 7  # lerobot_side.py sets the same right before its forward

@@ -19,14 +19,14 @@ import jinja2.sandbox
 import pytest
 import standin_osmo
 import yaml
-from recordings import episode, write
 from test_dataset import recorded
 from test_train import tiny
+from writing import episode, write
 
 import evaluate
 from config import load
-from osmo.submit import imported, wrong_scripts
-from policy import Policy
+from osmo.submit import wrong_scripts
+from policy.runner import Policy
 
 TRAIN = Path(__file__).parents[1]
 OSMO = TRAIN / "osmo"
@@ -46,9 +46,12 @@ def tasks(workflow: dict[str, Any]) -> list[dict[str, Any]]:
     return workflow["groups"][0]["tasks"]
 
 
-def test_what_is_sent_is_what_train_py_imports() -> None:
+def test_what_is_sent_is_every_room_that_training_uses() -> None:
     files = {file["path"]: OSMO / file["localpath"] for file in tasks(rendered())[0]["files"]}
-    assert {path for path in files if path.endswith(".py")} == {f"/opt/act/{name}" for name in imported()}
+    elsewhere = {"demo_bags.py", "inspect_bags.py", "inspection", "tests", "benchmarks", "osmo"}
+    rooms = {path.relative_to(TRAIN) for path in (*TRAIN.glob("*.py"), *TRAIN.glob("[!.]*/*.py"))}
+    wanted = {f"/opt/act/{path}" for path in rooms if path.parts[0] not in elsewhere}
+    assert {path for path in files if path.endswith(".py")} == wanted
     assert {"/opt/act/osmo-config.yaml", "/opt/act/train.sh"} < files.keys()
     assert not list(wrong_scripts())
     for path in files.values():
@@ -130,8 +133,10 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def mine(tmp_path: Path) -> Path:
     """The folder osmo/ of a copy of the scripts: to edit them, and to fetch into."""
     shutil.copytree(OSMO, tmp_path / "mine/train/osmo", ignore=shutil.ignore_patterns("__pycache__"))
-    for script in TRAIN.glob("*.py"):
-        shutil.copy(script, tmp_path / "mine/train")
+    for script in (*TRAIN.glob("*.py"), *TRAIN.glob("[!.]*/*.py")):
+        copy = tmp_path / "mine/train" / script.relative_to(TRAIN)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copy(script, copy)
     return tmp_path / "mine/train/osmo"
 
 
@@ -302,19 +307,16 @@ def test_what_is_wrong_in_the_workflow_file(world: Path, mine: Path, old: str, n
 
 def test_scripts_that_a_pod_could_not_run(world: Path, mine: Path) -> None:
     train = mine.parent
-    (train / "gripper.py").write_text("")
-    edit(train / "ranks.py", "import annotations\n", "import annotations\nimport gripper\n")
     edit(mine / "train.sh", "set -euo pipefail\n", 'set -euo pipefail\necho "${#settings[@]}"\n')
-    (train / "log.py").open("a").write('f"{{steps}}"\n')
-    (train / "simulate.py").write_text("{{ # is not sent\n")
+    (train / "training/log.py").open("a").write('f"{{steps}}"\n')
+    (train / "inspect_bags.py").write_text("{{ # is not sent\n")
     done = submit("--gpus", "-1", osmo=mine)
-    assert done.returncode == 1 and done.stderr.count("error:") == 4 and not calls(world), done.stderr
-    for words in ("gripper.py: train.py imports it", "train.sh:9: ", "would take {# for", "log.py:", "--gpus -1"):
+    assert done.returncode == 1 and done.stderr.count("error:") == 3 and not calls(world), done.stderr
+    for words in ("train.sh:9: ", "would take {# for", "log.py:", "--gpus -1"):
         assert words in done.stderr, done.stderr
-    (train / "ranks.py").write_text("import")
-    (train / "chunks.py").unlink()
+    (train / "recordings/images.py").unlink()
     done = submit(osmo=mine)
-    assert f"{train}/ranks.py:1: " in done.stderr and "chunks.py: is not there" in done.stderr, done.stderr
+    assert "images.py: is not there" in done.stderr, done.stderr
 
 
 def test_links_to_folders_are_not_uploaded(world: Path, tmp_path: Path) -> None:
@@ -379,7 +381,9 @@ class Pod:
         for path in (self.code, self.before, self.output):
             path.mkdir()
         for file in tasks(rendered())[0]["files"]:
-            shutil.copy(OSMO / file["localpath"], self.code)
+            copy = self.code / Path(file["path"]).relative_to("/opt/act")
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copy(OSMO / file["localpath"], copy)
         quick = ("data.cameras={}", "data.validation_fraction=0")
         shutil.copy(tiny(recorded(folder), *quick, *overrides), self.code / "osmo-config.yaml")
         shutil.copytree(folder / "bags", world / "storage/stosmorbt3dev001/datasets/bags")
@@ -508,7 +512,7 @@ def test_recordings_that_were_skipped_fail_no_workflow(tmp_path: Path, world: Pa
 
 def test_a_broken_script_is_not_run_again(tmp_path: Path, world: Path) -> None:
     pod = Pod(tmp_path, world)
-    with (pod.code / "ranks.py").open("a") as script:
+    with (pod.code / "training/processes.py").open("a") as script:
         script.write("import nothing_of_this_name\n")
     out, _ = (process := pod.start(gpus=2)).communicate(timeout=60)
     assert process.returncode == 1 and "nothing_of_this_name" in out

@@ -11,15 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from recordings import COMMAND, picture
 from safetensors.torch import load_file, save_file
 from test_dataset import recorded
 from test_train import run, tiny, trained
+from writing import COMMAND, picture
 
-import images
 import train
 from faults import Fault
-from policy import Ensembler, Policy
+from policy.runner import Ensembler, Policy
+from recordings import images
 
 STATE = {"a": 0.1, "b": -0.2, "c": 0.3}
 SHOT = picture(5, 96, 128)  # as the camera gives it; the network sees 48x64
@@ -239,7 +239,7 @@ def test_an_output_that_is_not_finite_is_no_action(folder: Path) -> None:
 def test_a_robot_needs_no_reader_of_bags(trained_once: Path) -> None:
     code = (
         "import sys; sys.modules.update(dict.fromkeys(['rosbags', 'tqdm', 'torchvision', 'matplotlib', 'PIL'])); "
-        f"sys.path.insert(0, {str(Path(train.__file__).parent)!r}); from policy import Policy; "
+        f"sys.path.insert(0, {str(Path(train.__file__).parent)!r}); from policy.runner import Policy; "
         f"Policy.load({str(trained_once)!r}); print('loaded')"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

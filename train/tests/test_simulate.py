@@ -11,10 +11,9 @@ from test_demo_bags import in_order, on_topic
 from test_train import TINY
 
 import evaluate
-import simulate
 import train
 from config import load
-from dataset import load_dataset
+from dataset.cache import load_dataset
 from demo_bags import (
     COMMAND_TOPIC,
     JOINT_TOPIC,
@@ -28,9 +27,10 @@ from demo_bags import (
     inverse_kinematics,
     record,
 )
+from evaluation import closed_loop
+from evaluation.closed_loop import Controller, drive, held, unseen, wilson
 from faults import Fault
-from policy import Policy
-from simulate import Controller, drive, held, unseen, wilson
+from policy.runner import Policy
 
 FPS, TRIALS = 30, 6
 COMMANDS = f"[{{topic: {COMMAND_TOPIC}, joints: [{', '.join(JOINTS)}]}}]"
@@ -92,7 +92,7 @@ def test_what_counts_as_reached_and_the_intervals() -> None:
     near[30:, 2] = True  # the last ten
     assert held(near).tolist() == [True, False, True, False]
     distances = np.where(near, 0.035, 0.2)
-    figures = simulate.rates(distances)
+    figures = closed_loop.rates(distances)
     assert [figures["for 10 ticks in a row"][f"{cm} cm"]["share"] for cm in (5, 4, 3)] == [0.5, 0.5, 0]
     assert figures["at the end"]["4 cm"]["share"] == 0.25
     # Newcombe, Statistics in Medicine 17 (1998), table I, method 3
@@ -107,8 +107,8 @@ def test_scenes_are_the_same_each_time_and_no_recording_has_them() -> None:
     for seed in range(3):
         for index in range(40):
             rng = np.random.default_rng((seed, index))
-            assert not (np.abs(scenes.starts - simulate.sample_start(rng)).max(axis=1) < 1e-3).any()
-            assert not (np.abs(scenes.targets - simulate.sample_target(rng)).max(axis=1) < 1e-4).any()
+            assert not (np.abs(scenes.starts - closed_loop.sample_start(rng)).max(axis=1) < 1e-3).any()
+            assert not (np.abs(scenes.targets - closed_loop.sample_target(rng)).max(axis=1) < 1e-4).any()
 
 
 def test_a_policy_from_bags_is_simulated_from_the_command_line(
@@ -118,7 +118,7 @@ def test_a_policy_from_bags_is_simulated_from_the_command_line(
     places = [f"data.bag_dir={tmp_path}/bags", f"data.cache_dir={tmp_path}/cache", f"output_dir={tmp_path}/run"]
     actions = [f"data.action.from={COMMANDS}", "data.action.as=delta"]
     overrides = [*TINY, *places, *actions, "training.steps=2", "data.image_size=[36, 48]"]
-    config = load(Path(simulate.__file__).with_name("demo.yaml"), overrides)
+    config = load(Path(closed_loop.__file__).parents[1] / "demo.yaml", overrides)
     last = train.train(config, load_dataset(config))
     monkeypatch.setattr("sys.argv", ["evaluate.py", str(last), "--simulate", "3"])
     evaluate.main()
@@ -129,25 +129,25 @@ def test_a_policy_from_bags_is_simulated_from_the_command_line(
     folder = tmp_path / "run/evaluation" / last.name
     assert len(json.loads((folder / "simulation.json").read_text())["reached"]) == 4
     sheet = cv2.imread(str(folder / "simulation.png"))
-    assert sheet is not None and sheet.shape[1] == 9 * 96 * simulate.ENLARGED
+    assert sheet is not None and sheet.shape[1] == 9 * 96 * closed_loop.ENLARGED
 
     policy = Policy.load(last / "pretrained_model")
     policy.robot["state"]["from"][0]["joints"] = ["a", "b"]
     policy.robot |= {"cameras": {}, "fps": 2.0}
     with pytest.raises(Fault, match=r"policy's state: .*\['a', 'b'\].*expected the demonstration's") as caught:
-        simulate.simulate(policy, config, 3, tmp_path)
+        closed_loop.simulate(policy, config, 3, tmp_path)
     assert len(caught.value.args) == 3 and "fps: 2.0; expected at least 2.5" in str(caught.value)
     with pytest.raises(Fault, match="at least 2 trials"):
-        simulate.simulate(policy, config, 1, tmp_path)
+        closed_loop.simulate(policy, config, 1, tmp_path)
 
 
 def test_the_observation_is_the_recorded_one() -> None:
     """What the arm's camera shows in the simulator is bit for bit what a recording of the same scene holds."""
     messages = episode_messages(seed=0, index=0)
     rng = np.random.default_rng((0, 0))
-    start, target = simulate.sample_start(rng), simulate.sample_target(rng)
-    picture = simulate.Scenes(start[None], target[None]).pictures(start[None])[0]
-    first = on_topic(messages, simulate.CAMERA_TOPIC)[0]
+    start, target = closed_loop.sample_start(rng), closed_loop.sample_target(rng)
+    picture = closed_loop.Scenes(start[None], target[None]).pictures(start[None])[0]
+    first = on_topic(messages, closed_loop.CAMERA_TOPIC)[0]
     recorded = cv2.cvtColor(np.asarray(cv2.imdecode(first.data, cv2.IMREAD_COLOR)), cv2.COLOR_BGR2RGB)
     assert torch.equal(torch.from_numpy(picture.copy()), torch.from_numpy(recorded)), (
         "the arm has not yet moved a pixel"

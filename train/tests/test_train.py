@@ -16,17 +16,17 @@ from unittest import mock
 
 import pytest
 import torch
-from recordings import COMMAND, episode, write
 from safetensors.torch import load_file
 from test_dataset import configured, recorded
+from writing import COMMAND, episode, write
 
-import run_folder
 import train
 from config import dump, load
-from dataset import load_dataset
+from dataset.cache import load_dataset
 from faults import Fault, Stopped
-from policy import Policy
-from ranks import Ranks
+from policy.runner import Policy
+from training import run_folder
+from training.processes import Ranks
 
 SCRIPT = Path(train.__file__)
 SHARED = Path(__file__).parents[3] / "shared/bags"

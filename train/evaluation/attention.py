@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from act_model import Attention, DecoderLayer
-from dataset import Batch
-from policy import Policy
+from dataset.cache import Batch
+from policy.runner import Policy
 
 PICTURE_WIDTH = 384  # pixels, at least
 STRENGTH = 0.6  # of the colours where the attention is greatest

@@ -13,12 +13,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bags import Bag, Message, read_messages
 from config import Data, Signal
 from faults import Fault
-from images import at_size
-from plausibility import jumps
-from signals import Series, read_series
+from recordings.bags import Bag, Message, read_messages
+from recordings.images import at_size
+from recordings.plausibility import jumps
+from recordings.signals import Series, read_series
 
 WORTH_SAYING_NS = 500_000_000
 DECODERS = 2  # threads that decode pictures; OpenCV lets go of the interpreter while it does

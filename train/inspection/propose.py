@@ -9,14 +9,14 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from bags import Bag, Message, read_messages
 from blob_url import is_url
 from config import UR10E_JOINTS
 from faults import Fault
-from images import DEPTH
-from inspection import inspect
-from signals import IMAGES, JOINT_STATE, TRAJECTORY
-from topics import Topic
+from inspection.topics import Topic
+from inspection.verdict import inspect
+from recordings.bags import Bag, Message, read_messages
+from recordings.images import DEPTH
+from recordings.signals import IMAGES, JOINT_STATE, TRAJECTORY
 
 USUAL_FPS = (5, 10, 15, 20, 25, 30, 50, 60, 100)
 HEIGHT = 240  # pixels, about what the network is to see

@@ -14,11 +14,11 @@ from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
-from bags import REMEDIES, unpacked
-from chunks import NO_SUM, ZSTD_MAGIC, Damage, zstd_sum
 from faults import Fault, NoRoom
-from walk_bag import walk_bag
-from walk_mcap import walk_mcap
+from recordings.bags import REMEDIES, unpacked
+from recordings.chunks import NO_SUM, ZSTD_MAGIC, Damage, zstd_sum
+from recordings.walk_bag import walk_bag
+from recordings.walk_mcap import walk_mcap
 
 
 class Checked(NamedTuple):

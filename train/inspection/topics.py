@@ -19,10 +19,10 @@ import numpy as np
 from PIL import Image
 from rosbags.interfaces import Connection
 
-from bags import full_name, plain
 from faults import Fault
-from images import CHANNELS, DEPTH, is_cut, no_picture, resize, to_rgb
-from signals import IMAGES, JOINT_STATE, choose_clock
+from recordings.bags import full_name, plain
+from recordings.images import CHANNELS, DEPTH, is_cut, no_picture, resize, to_rgb
+from recordings.signals import IMAGES, JOINT_STATE, choose_clock
 
 STAMP_END = 12  # of a message that begins with a header: 4 bytes of CDR's or ROS 1's own, then the stamp
 GAP_PERIODS = 2.5  # a gap worth showing

@@ -13,11 +13,11 @@ import numpy as np
 
 from config import Config
 from faults import Fault
-from figures import BLUE, PAGE, cards, chart, picture, section, table
-from images import resize
-from inspect_recording import detail, verdict
-from inspection import BAD, GOOD, USABLE, Found
-from timeline import STYLE as TIMELINE
+from inspection.detail import detail, verdict
+from inspection.timeline import STYLE as TIMELINE
+from inspection.verdict import BAD, GOOD, USABLE, Found
+from page import BLUE, PAGE, cards, chart, picture, section, table
+from recordings.images import resize
 
 WORST_FIRST = (BAD, USABLE, GOOD)
 DETAILED = 20  # recordings to draw, at most
@@ -162,7 +162,7 @@ def _augmented(found: Sequence[Found], config: Config) -> str:
         return section("Augmentation", f"training.augment: {names}; no recording holds a picture of each camera.", [])
     import torch
 
-    from augment import Augment  # which takes torchvision
+    from dataset.augment import Augment  # which takes torchvision
 
     height, width = config.data.image_size
     try:

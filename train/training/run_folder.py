@@ -1,6 +1,6 @@
 """The folder of a run: which checkpoints are in it, and which of them are whole. No torch here.
 
-python train/run_folder.py outputs/train-rosbag-act     # the newest that is whole, then the best; what others lack
+PYTHONPATH=train python -m training.run_folder outputs/train-rosbag-act     # the newest that is whole, then the best; what others lack
 """
 
 from __future__ import annotations

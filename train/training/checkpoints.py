@@ -21,16 +21,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-import pretrained
 from act_model import ACT
-from card import robot_json
 from config import Config, to_dict
-from dataset import Dataset
+from dataset.cache import Dataset
+from dataset.normalize import Normalizer
 from faults import Fault
-from normalize import Normalizer
-from pretrained import ROBOT, WEIGHTS, write_json
-from ranks import Ranks
-from run_folder import (
+from policy import pretrained
+from policy.card import robot_json
+from policy.pretrained import ROBOT, WEIGHTS, write_json
+from training.processes import Ranks
+from training.run_folder import (
     RESUME,
     best_checkpoint,
     checkpoint_name,

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dataset import Batch
+from dataset.cache import Batch
 from faults import Fault
-from run_folder import write_whole
+from training.run_folder import write_whole
 
 
 class Augment:

@@ -16,15 +16,15 @@ from typing import Any
 import numpy as np
 from rosbags.interfaces import Connection
 
-import plausibility
-from bags import Bag, Storage, full_name, miscounted, open_storage
 from config import Config
-from episodes import Recording, cut
 from faults import Fault
-from integrity import check
-from plausibility import Lag
-from signals import Series, read_series
-from topics import SECOND, Decode, Measure, Pictures, Spread, Topic
+from inspection.topics import SECOND, Decode, Measure, Pictures, Spread, Topic
+from recordings import plausibility
+from recordings.bags import Bag, Storage, full_name, miscounted, open_storage
+from recordings.episodes import Recording, cut
+from recordings.integrity import check
+from recordings.plausibility import Lag
+from recordings.signals import Series, read_series
 
 GOOD, USABLE, BAD = "good", "usable, read the warnings", "cannot be trained on"
 SILENT_S = 1.0

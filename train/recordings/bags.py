@@ -23,8 +23,8 @@ from rosbags import rosbag1, rosbag2
 from rosbags.interfaces import Connection, MessageDefinitionFormat
 from rosbags.typesys import Stores, get_types_from_idl, get_types_from_msg, get_typestore
 
-from chunks import ZSTD_MAGIC, zstd
 from faults import Fault, NoRoom
+from recordings.chunks import ZSTD_MAGIC, zstd
 
 STORAGES = (".mcap", ".db3", ".bag")
 UNREADABLE = {

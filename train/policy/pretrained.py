@@ -16,14 +16,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-import card
 from act_model import ACT
 from config import Config, Model, to_dict
+from dataset.normalize import EPS, Moments, Normalizer
 from faults import Fault
-from normalize import EPS, Moments, Normalizer
+from policy import card
 
 if TYPE_CHECKING:  # a robot loads policies without the readers of bags
-    from dataset import Dataset
+    from dataset.cache import Dataset
 
 WEIGHTS = "model.safetensors"
 ROBOT = "robot.json"

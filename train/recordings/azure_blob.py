@@ -19,10 +19,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from blob_container import Blob, Container, Unfinished
 from blob_url import BlobUrl
 from faults import Fault
-from run_folder import write_whole
+from recordings.blob_container import Blob, Container, Unfinished
+from training.run_folder import write_whole
 
 WORKERS = 8  # blobs that are fetched at once
 REPLACED = 5  # times that a blob may be replaced while it is fetched

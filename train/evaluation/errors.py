@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from config import Config
-from dataset import Batch, Split
+from dataset.cache import Batch, Split
 from faults import Fault
-from figures import UNIT
-from policy import Policy
+from page import UNIT
+from policy.runner import Policy
 
 SAMPLES = 1024  # spread evenly over the ticks
 BATCH = 32

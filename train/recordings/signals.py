@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bags import Bag, Message, read_messages
 from config import Signal
 from faults import Fault
-from layout import Layout, Numbers, layout_of, numbers_of, stamps_ns
+from recordings.bags import Bag, Message, read_messages
+from recordings.layout import Layout, Numbers, layout_of, numbers_of, stamps_ns
 
 MAX_SKEW_NS = 1_000_000_000  # a header stamp this far from its receive stamp is of another clock
 BLOCK = 1024  # messages of one length that are looked at together

@@ -13,9 +13,9 @@ import numpy as np
 from config import Config, Signal
 
 if TYPE_CHECKING:  # they need torch, OpenCV and rosbags
-    from dataset import Dataset
-    from episodes import Recording
-    from signals import Series
+    from dataset.cache import Dataset
+    from recordings.episodes import Recording
+    from recordings.signals import Series
 
 STILL = 1e-4  # units: a joint that moves less over a whole recording never moved
 BEGINS_TO_MOVE = 0.03  # of a joint's range; at least 1e-3 units, or noise would count

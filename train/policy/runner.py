@@ -24,11 +24,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import pretrained
 from act_model import ACT, fold_norms
+from dataset.normalize import Normalizer
 from faults import Fault
-from images import resize
-from normalize import Normalizer
+from policy import pretrained
+from recordings.images import resize
 
 CPU_FLAGS = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
 FAST_FP32 = "avx512f" in CPU_FLAGS and "amx" not in CPU_FLAGS

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from attention import attention, enlarged, overlay
-from dataset import Batch, Split
-from figures import BLACK, BLUE, GREEN, GREY, ORANGE, PAGE, PALE_BLUE, PINK, UNIT, cards, chart, picture, section, table
-from measure import METHODS, Judgement
+from dataset.cache import Batch, Split
+from evaluation.attention import attention, enlarged, overlay
+from evaluation.errors import METHODS, Judgement
+from page import BLACK, BLUE, GREEN, GREY, ORANGE, PAGE, PALE_BLUE, PINK, UNIT, cards, chart, picture, section, table
 
 RECORDED, PREDICTED, BEYOND = GREY, BLUE, PALE_BLUE
 LINES = {

@@ -10,8 +10,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TextIO
 
-from dataset import Batch
-from run_folder import write_whole
+from dataset.cache import Batch
+from training.run_folder import write_whole
 
 
 class Log:

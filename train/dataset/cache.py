@@ -27,28 +27,21 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from bags import Bag, find_bags
-from blob import local_folder
 from config import Config, Data, to_dict
-from episodes import Recording, read_frames, read_recording
+from dataset.normalize import Moments, Normalizer, imagenet, moments
 from faults import Fault, NoRoom
-from integrity import check
-from normalize import Moments, Normalizer, imagenet, moments
-from ranks import Ranks
+from recordings.azure_blob import local_folder
+from recordings.bags import Bag, find_bags
+from recordings.episodes import Recording, read_frames, read_recording
+from recordings.integrity import check
+from training.processes import Ranks
 
+ROOM = Path(__file__).parents[1] / "recordings"
 PREFETCH = 4  # batches that are ready before they are asked for
 # a change of how bags are read is a new cache
 SOURCES = (
-    "bags.py",
-    "chunks.py",
-    "episodes.py",
-    "images.py",
-    "integrity.py",
-    "layout.py",
-    "plausibility.py",
-    "signals.py",
-    "walk_bag.py",
-    "walk_mcap.py",
+    *("bags", "chunks", "episodes", "images", "integrity", "layout", "plausibility", "signals"),
+    *("walk_bag", "walk_mcap"),
 )
 
 
@@ -160,7 +153,7 @@ def load_dataset(config: Config, held_out: Collection[str] | None = None) -> Dat
     """
     data = config.data
     bags, unknown = find_bags(local_folder(data.bag_dir, data.cache_dir))
-    code = hashlib.sha256(b"".join(Path(__file__).with_name(source).read_bytes() for source in SOURCES)).hexdigest()
+    code = hashlib.sha256(b"".join((ROOM / f"{source}.py").read_bytes() for source in SOURCES)).hexdigest()
     folders = {bag.name: _cache_folder(bag, data, code) for bag in bags}
     missing = [bag for bag in bags if not folders[bag.name].exists()]
     left_out: list[tuple[str, ...]] = [(fault,) for fault in unknown]

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from config import Config, Signal
-from figures import BLUE, GREY, PALE_BLUE, UNIT, chart, picture, table
-from inspection import BAD, GOOD, USABLE, Found
-from timeline import Lane, Span, timeline
-from topics import GAP_PERIODS, SECOND, Topic
+from inspection.timeline import Lane, Span, timeline
+from inspection.topics import GAP_PERIODS, SECOND, Topic
+from inspection.verdict import BAD, GOOD, USABLE, Found
+from page import BLUE, GREY, PALE_BLUE, UNIT, chart, picture, table
 
 CHARTS = 12  # of joints, at most
 IRREGULAR = 0.1  # share of messages after a gap, beyond which a topic has no rate

@@ -12,7 +12,7 @@ import torch
 from config import Config, to_dict
 
 if TYPE_CHECKING:  # a robot loads policies without the readers of bags
-    from dataset import Dataset, Split
+    from dataset.cache import Dataset, Split
 
 
 def robot_json(step: int, config: Config, dataset: Dataset, held_out: dict[str, Any]) -> dict[str, Any]:
@@ -94,7 +94,7 @@ def in_words(robot: dict[str, Any]) -> str:
             "## On a robot",
             "",
             "```python",
-            "from policy import Policy  # train/policy.py of the project that trained it",
+            "from policy.runner import Policy  # train/ of the project that trained it",
             "",
             f'policy = Policy.load("pretrained_model", fps={fps:g}, action_as="{action["as"]}")',
             "policy.reset()",

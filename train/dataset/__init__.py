@@ -1,0 +1,1 @@
+"""Episodes to batches: the cache on disk, batches of chunks, normalisation, augmentation. Imports recordings."""

@@ -1,0 +1,1 @@
+"""Is a policy good? Errors on recordings, closed loop, page. Imports dataset, policy and page."""
