@@ -22,7 +22,7 @@ from rosbags.typesys import Stores, get_typestore
 from rosbags.typesys.stores import ros2_humble as ros
 from tqdm import tqdm
 
-from faults import Fault, told_plainly
+from faults import Fault, exit_with_message
 
 Array = NDArray[np.float64]
 Image = NDArray[np.uint8]
@@ -274,7 +274,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--episodes", type=int, default=200, help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     options = parser.parse_args(arguments)
-    with told_plainly():
+    with exit_with_message():
         recorded = record(options.folder, options.episodes, options.seed)
         kept = options.episodes - recorded
         print(f"{options.folder}: {recorded} episodes recorded, {kept} already there and left alone")

@@ -26,11 +26,12 @@ from config import Config, load
 from dataset.cache import Dataset, load_dataset
 from evaluation import report
 from evaluation.errors import METHODS, measure, summary
-from faults import Fault, Stopped, told_plainly
+from faults import Fault, Stopped, exit_with_message
+from files import write_whole
 from page import UNIT
 from policy.runner import Policy
 from recordings.bags import find_bags
-from training.run_folder import best_checkpoint, validation, whole_checkpoints, write_whole
+from training.run_folder import best_checkpoint, validation, whole_checkpoints
 
 
 def table(found: dict[str, Any]) -> str:
@@ -191,7 +192,7 @@ def main() -> None:
     folder = arguments.checkpoint.resolve()
     folder = folder.parent if folder.name == "pretrained_model" else folder
     run = folder.parent if folder.name.startswith("checkpoint_") else folder
-    with told_plainly():
+    with exit_with_message():
         device = "cuda" if torch.cuda.is_available() else "cpu"
         if arguments.all or run == folder:
             best, there = best_checkpoint(run), whole_checkpoints(run)

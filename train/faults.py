@@ -1,4 +1,4 @@
-"""What a user can mend, and how a script ends with it: a message and an exit code, never a traceback."""
+"""Errors a user can fix, and how a command ends with one: a message and an exit code, never a traceback."""
 
 from __future__ import annotations
 
@@ -9,36 +9,40 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-LEFT_OUT = 3  # all is done, but without some recordings that have faults
-AGAIN = 75  # EX_TEMPFAIL of sysexits.h: nothing to mend, the same command goes on
-# a SAS signature, an account's key, the password of a URL: a fault repeats what was given, but not these
+LEFT_OUT = 3  # done, faulty recordings skipped
+AGAIN = 75  # EX_TEMPFAIL of sysexits.h: interrupted, run the same command again
+# a SAS signature, an account's key, the password of a URL: no message repeats them
 SECRETS = re.compile(r"(?i)(?<=\bsig=)[^&;\s'\"]+|(?<=\bAccountKey=)[^;\s'\"]+|(?<=://)[^/@\s]+(?=@)")
 
 
 class Fault(Exception):
-    """What a user can mend. Each argument is one line: where, the value found, what was expected, what to do."""
+    """An error the user can fix. Each argument is one line: place: what was found; what was expected; what to do."""
 
-    code = 1  # with which a script ends
+    code = 1  # the command's exit code
 
     def __init__(self, *lines: str) -> None:
         super().__init__(*(SECRETS.sub("***", line) for line in lines))
 
     def __str__(self) -> str:
-        return "\n".join(str(line) for line in self.args)
+        return "\n".join(self.args)
+
+    def at(self, place: str) -> Fault:
+        """The same fault with the place in front of each line."""
+        return type(self)(*(f"{place}: {line}" for line in self.args))
 
 
 class NoRoom(Fault):
-    """A disk that is full: no fault of the recording that was to be read."""
+    """The disk is full: not a fault of the recording."""
 
 
 class Stopped(Exception):
-    """A run that was asked to stop, and has saved what it had."""
+    """The run was asked to stop and has saved its state."""
 
 
 @contextmanager
-def told_plainly() -> Iterator[None]:
-    """The edge of a script: a Fault, a full disk or a stop ends it with a message and an exit code, not a traceback."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(AGAIN))  # so that what is half written is removed
+def exit_with_message() -> Iterator[None]:
+    """End a command on a Fault, a full disk or a stop with a message and an exit code, not a traceback."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(AGAIN))  # runs the cleanup of half-written files
     try:
         yield
     except Fault as fault:
@@ -49,8 +53,8 @@ def told_plainly() -> Iterator[None]:
         sys.exit(AGAIN)
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:  # whom it was told has heard enough: `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains as it ends
-        sys.exit(141)  # as a shell says SIGPIPE
+    except BrokenPipeError:  # `| head` has closed the pipe
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python prints an error at exit
+        sys.exit(141)  # a shell's code for SIGPIPE
     except OSError as error:
-        sys.exit(f"error: {error.filename or 'a file'}: {error.strerror}; is the disk full, or the folder not yours?")
+        sys.exit(f"error: {error.filename or 'a file'}: {error.strerror}; disk full or permission denied?")

@@ -27,12 +27,12 @@ from tqdm import tqdm
 
 from blob_url import BlobUrl, is_url
 from config import Config, Data, load
-from faults import Fault, told_plainly
+from faults import Fault, exit_with_message
+from files import write_whole
 from inspection.topics import SECOND, Spread, Topic
-from inspection.verdict import BAD, GOOD, USABLE, Found, inspect
+from inspection.verdict import BAD, GOOD, USABLE, Inspection, inspect
 from recordings.azure_blob import local_folder
 from recordings.bags import Bag, find_bags
-from training.run_folder import write_whole
 
 COLUMNS = 100
 HEAD = (
@@ -41,7 +41,7 @@ HEAD = (
 )
 
 
-def table(found: Found, config: Config | None) -> str:
+def table(found: Inspection, config: Config | None) -> str:
     """All of a recording, 100 columns wide."""
     files = f"{len(found.files)} files" if len(found.files) > 1 else next(iter(found.files)).rsplit("/", 1)[-1]
     began = datetime.fromtimestamp(found.start_ns // SECOND, UTC).strftime("; %Y-%m-%d %H:%M:%S UTC")
@@ -122,7 +122,7 @@ def _more_lines(topic: Topic) -> Iterator[str]:
             yield f"    {joint.name:44}{joint.least:>12.4f}{joint.greatest:>12.4f}{fastest:>22}"
 
 
-def _alignment_lines(found: Found, config: Config) -> Iterator[str]:
+def _alignment_lines(found: Inspection, config: Config) -> Iterator[str]:
     if found.overlap_s:
         begin, end = found.overlap_s
         yield f"  all topics of the configuration: t+{begin:.2f} to t+{end:.2f} s"
@@ -200,7 +200,7 @@ def main() -> None:
     parser.add_argument("--no-pictures", action="store_true", help="decode none, so that black ones are not found")
     parser.add_argument("--propose", action="store_true", help="print a configuration that fits the recordings")
     arguments = parser.parse_intermixed_args()
-    with told_plainly():
+    with exit_with_message():
         if arguments.html and not find_spec("matplotlib"):  # before what may take minutes
             raise Fault("--html: the page takes matplotlib, which is not installed: pip install matplotlib")
         config, places, bags, faults = _bags(arguments)
@@ -217,7 +217,7 @@ def main() -> None:
             return
         verdicts: Counter[str] = Counter()
         trees: list[dict[str, Any]] = []
-        all_found: list[Found] = []
+        all_found: list[Inspection] = []
         for bag in tqdm(bags, desc="inspecting", unit="bag", disable=not (arguments.json or arguments.html)):
             found = inspect(bag, config, not arguments.no_pictures)
             verdicts[found.verdict] += 1

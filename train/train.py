@@ -34,18 +34,19 @@ from dataset.augment import Augment
 from dataset.cache import Batch, Dataset, batches, load_dataset
 from dataset.normalize import Normalizer
 from evaluate import judge_at_the_end
-from faults import LEFT_OUT, Fault, Stopped, told_plainly
+from faults import LEFT_OUT, Fault, Stopped, exit_with_message
+from files import write_whole
 from policy import pretrained
 from recordings import plausibility
 from training import checkpoints, run_folder
 from training.checkpoints import FIGURES, TrainingState
 from training.log import Log
-from training.processes import Ranks, together
+from training.processes import Processes, process_group
 
 VALIDATION_SAMPLES = 512  # spread evenly over the held-out ticks
 
 
-def train(config: Config, dataset: Dataset, ranks: Ranks = Ranks()) -> Path:  # noqa: B008 -- a constant
+def train(config: Config, dataset: Dataset, ranks: Processes = Processes()) -> Path:  # noqa: B008 -- a constant
     """Run the optimisation from the newest checkpoint, or from nothing, to the last step; the last checkpoint."""
     settings = config.training
     device = torch.device(_device(settings.device, ranks))
@@ -149,7 +150,7 @@ def validate(model: ACT, normalizer: Normalizer, dataset: Dataset, config: Confi
     return float(total / count)
 
 
-def _start(config: Config, dataset: Dataset, device: torch.device, ranks: Ranks) -> TrainingState:
+def _start(config: Config, dataset: Dataset, device: torch.device, ranks: Processes) -> TrainingState:
     """A new run, or the one in the first process's folder at its newest checkpoint."""
     newest = run_folder.newest_checkpoint(config.output_dir) if ranks.first else None
     for name, lack in run_folder.broken_checkpoints(config.output_dir).items() if ranks.first else ():
@@ -195,13 +196,13 @@ def _start(config: Config, dataset: Dataset, device: torch.device, ranks: Ranks)
         config.output_dir.mkdir(parents=True, exist_ok=True)
         for half in config.output_dir.glob(".checkpoint_*.tmp"):  # of a run that was killed
             shutil.rmtree(half)
-        run_folder.write_whole(config.output_dir / "config.yaml", dump(config))
+        write_whole(config.output_dir / "config.yaml", dump(config))
     except OSError as error:
         raise Fault(f"output_dir: {config.output_dir} cannot be written ({error.strerror}); set another") from None
     return state
 
 
-def _seed(seed: int, step: int, ranks: Ranks) -> None:
+def _seed(seed: int, step: int, ranks: Processes) -> None:
     """The random numbers of a step, for dropout: a pure function, so that a resumed run needs only its step."""
     torch.manual_seed(int(np.random.SeedSequence((seed, step, ranks.rank)).generate_state(1, np.uint64)[0]))
 
@@ -215,7 +216,7 @@ def _set_rates(optimizer: torch.optim.Optimizer, settings: Training, step: int) 
         group["lr"] = rate * scale
 
 
-def _means(window: list[Tensor], step: int, ranks: Ranks) -> dict[str, float]:
+def _means(window: list[Tensor], step: int, ranks: Processes) -> dict[str, float]:
     """The mean figures since the last line of the log, over all processes: here the host waits for the device.
 
     Raises Fault if one is not finite.
@@ -254,7 +255,7 @@ def _stop_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _device(wanted: str, ranks: Ranks) -> str:
+def _device(wanted: str, ranks: Processes) -> str:
     device = wanted if wanted != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     if ranks.world > 1 and device.startswith("cuda:"):
         raise Fault(f"training.device: {wanted}, and torchrun started {ranks.world} processes; set auto or cuda")
@@ -327,8 +328,8 @@ def main() -> None:
     parser.add_argument("--dry-run", action="store_true", help="read and cache every bag, report, do not train")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, such as training.steps=20000")
     arguments = parser.parse_intermixed_args()
-    with told_plainly(), together() as ranks:
-        with ranks.one_by_machine():
+    with exit_with_message(), process_group() as ranks:
+        with ranks.local_first():
             config = load(arguments.config, arguments.overrides)
             dataset = load_dataset(config)
         if ranks.first:

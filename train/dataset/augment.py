@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dataset.cache import Batch
 from faults import Fault
-from training.run_folder import write_whole
+from files import write_whole
 
 
 class Augment:

@@ -34,7 +34,7 @@ from recordings.azure_blob import local_folder
 from recordings.bags import Bag, find_bags
 from recordings.episodes import Recording, read_frames, read_recording
 from recordings.integrity import check
-from training.processes import Ranks
+from training.processes import Processes
 
 ROOM = Path(__file__).parents[1] / "recordings"
 PREFETCH = 4  # batches that are ready before they are asked for
@@ -326,7 +326,7 @@ def _sha256(file: Path) -> str:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
 
-def batches(split: Split, config: Config, first_step: int, ranks: Ranks) -> Iterator[Batch]:
+def batches(split: Split, config: Config, first_step: int, ranks: Processes) -> Iterator[Batch]:
     """This process's share of the batches of the steps from first_step on, made ahead by one thread.
 
     Each epoch is a permutation that depends on the seed and the epoch alone, and the latent's noise depends on the seed

@@ -38,9 +38,9 @@ from demo_bags import (
     sample_target,
 )
 from faults import Fault
+from files import write_whole
 from policy.runner import Policy
 from recordings.images import resize
-from training.run_folder import write_whole
 
 TRIAL_S = 4.0
 TOLERANCES = (0.05, 0.04, 0.03)  # of the flange from its place over the disc

@@ -15,7 +15,7 @@ import numpy as np
 from config import Config, Signal
 from inspection.timeline import Lane, Span, timeline
 from inspection.topics import GAP_PERIODS, SECOND, Topic
-from inspection.verdict import BAD, GOOD, USABLE, Found
+from inspection.verdict import BAD, GOOD, USABLE, Inspection
 from page import BLUE, GREY, PALE_BLUE, UNIT, chart, picture, table
 
 CHARTS = 12  # of joints, at most
@@ -31,13 +31,13 @@ class Curve(NamedTuple):
     values: np.ndarray  # (M,)
 
 
-def verdict(one: Found) -> str:
+def verdict(one: Inspection) -> str:
     """In its colour."""
     kind = {BAD: "bad", USABLE: "usable", GOOD: "good"}[one.verdict]
     return f'<span class="{kind}">{one.verdict}</span>'
 
 
-def detail(one: Found, config: Config | None, place: str) -> str:
+def detail(one: Inspection, config: Config | None, place: str) -> str:
     """A recording in detail."""
     fps = config.data.fps if config else 1.0
     episodes = [(at, at + ticks / fps) for at, ticks in one.episodes()]
@@ -57,7 +57,7 @@ def detail(one: Found, config: Config | None, place: str) -> str:
     return f'<section class="recording" id="{place}">{"".join(parts)}</section>'
 
 
-def _asked(one: Found, config: Config | None) -> list[str]:
+def _asked(one: Inspection, config: Config | None) -> list[str]:
     """The topics to show: those of the configuration, or all that hold a message."""
     if not config:
         return [name for name, topic in one.topics.items() if topic.read]
@@ -65,7 +65,7 @@ def _asked(one: Found, config: Config | None) -> list[str]:
     return list(dict.fromkeys([*data.cameras.values(), *(signal.topic for signal in (*data.state, *data.commands))]))
 
 
-def _facts(one: Found, config: Config | None) -> Iterator[str]:
+def _facts(one: Inspection, config: Config | None) -> Iterator[str]:
     began = datetime.fromtimestamp(one.start_ns // SECOND, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
     size, count = sum(one.files.values()) / 1e6, len(one.files)
     yield f"{one.seconds:.2f} s from {began}; {size:.2f} MB in {count} file{'s' * (count != 1)}"
@@ -90,7 +90,7 @@ def _facts(one: Found, config: Config | None) -> Iterator[str]:
         yield f"no message came on {', '.join(empty)}"
 
 
-def _lane(one: Found, name: str, asked_for: bool) -> Lane:
+def _lane(one: Inspection, name: str, asked_for: bool) -> Lane:
     topic = one.topics.get(name)
     if topic is None or topic.first_s is None or topic.last_s is None:
         return Lane(name, "no message" if topic else "no such topic", [], [])
@@ -106,7 +106,7 @@ def _lane(one: Found, name: str, asked_for: bool) -> Lane:
     return Lane(name, f"{topic.read} messages{rate}, {said}", messages, gaps)
 
 
-def _pictures(one: Found, config: Config | None) -> Iterator[str]:
+def _pictures(one: Inspection, config: Config | None) -> Iterator[str]:
     """The first, the middle and the last picture of each camera."""
     cameras = config.data.cameras if config else {name: name for name in one.topics}
     for camera, topic in cameras.items():
@@ -118,7 +118,7 @@ def _pictures(one: Found, config: Config | None) -> Iterator[str]:
             yield picture(shown.pixels, f"{camera}: {order}, at {_at(shown.at_s)}; {_kinds(one.topics[topic])}.")
 
 
-def _curves(one: Found, config: Config | None, episodes: Sequence[Span]) -> Iterator[str]:
+def _curves(one: Inspection, config: Config | None, episodes: Sequence[Span]) -> Iterator[str]:
     """State and action over the recording's time, a chart for each joint."""
     if not config or not one.series:
         return
@@ -156,7 +156,7 @@ def _curves(one: Found, config: Config | None, episodes: Sequence[Span]) -> Iter
         yield f"<p>{len(left)} more are not drawn: {escape(', '.join(left))}.</p>"
 
 
-def _recorded(one: Found, signals: Sequence[Signal]) -> Iterator[Curve]:
+def _recorded(one: Inspection, signals: Sequence[Signal]) -> Iterator[Curve]:
     for signal in signals:
         series = (one.series or {})[signal.topic]
         for k, name in enumerate(series.names[signal]):
@@ -167,7 +167,7 @@ def _at(seconds: float) -> str:
     return f"t{round(seconds, 2) + 0.0:+.2f} s"  # no -0.00
 
 
-def _since_begin(one: Found, stamps: np.ndarray) -> np.ndarray:
+def _since_begin(one: Inspection, stamps: np.ndarray) -> np.ndarray:
     return (stamps - one.start_ns) / SECOND
 
 
@@ -187,7 +187,7 @@ def _thinned(curve: Curve, seconds: float) -> tuple[list[float], list[float]]:
     return times, values
 
 
-def _topics(one: Found, asked: Sequence[str]) -> str:
+def _topics(one: Inspection, asked: Sequence[str]) -> str:
     headings = {
         "messages": "messages read (declared)",
         "rate": "rate, Hz (slowest second)",
@@ -237,7 +237,7 @@ def _kinds(topic: Topic) -> str:
     )
 
 
-def _joints(one: Found, asked: Sequence[str]) -> str:
+def _joints(one: Inspection, asked: Sequence[str]) -> str:
     headings = {"least": "least", "greatest": "greatest", "range": "range", "fastest": "fastest, a second (at)"}
     parts = []
     for topic in (one.topics[name] for name in asked if name in one.topics):

@@ -15,7 +15,7 @@ from config import Config
 from faults import Fault
 from inspection.detail import detail, verdict
 from inspection.timeline import STYLE as TIMELINE
-from inspection.verdict import BAD, GOOD, USABLE, Found
+from inspection.verdict import BAD, GOOD, USABLE, Inspection
 from page import BLUE, PAGE, cards, chart, picture, section, table
 from recordings.images import resize
 
@@ -38,7 +38,7 @@ a { color: #1d4ed8 } .text { text-align: left } small { display: block; color: #
 """
 
 
-def page(found: Sequence[Found], config: Config | None, faults: Sequence[str] = ()) -> str:
+def page(found: Sequence[Inspection], config: Config | None, faults: Sequence[str] = ()) -> str:
     """The page of some recordings; `faults` are of files that could not be told to be one."""
     drawn = sorted(filter(_holds_anything, found), key=lambda one: WORST_FIRST.index(one.verdict))[:DETAILED]
     places = {id(one): f"recording-{place}" for place, one in enumerate(drawn)}
@@ -57,7 +57,7 @@ def page(found: Sequence[Found], config: Config | None, faults: Sequence[str] = 
     return PAGE.substitute(title=escape(title), style=TIMELINE + STYLE, body="\n".join(filter(None, body)))
 
 
-def _cards(found: Sequence[Found], config: Config | None, faults: Sequence[str]) -> str:
+def _cards(found: Sequence[Inspection], config: Config | None, faults: Sequence[str]) -> str:
     verdicts = [one.verdict for one in found]
     shown = {
         f"recordings, {_duration(sum(one.seconds for one in found))}": f"{len(found)}",
@@ -89,7 +89,7 @@ def _told(one: str, kind: str, told: dict[str, Sequence[str]], todo: str = "") -
     )
 
 
-def _holds_anything(one: Found) -> bool:
+def _holds_anything(one: Inspection) -> bool:
     return any(topic.read for topic in one.topics.values())
 
 
@@ -100,7 +100,7 @@ def _duration(seconds: float) -> str:
     return f"{seconds:.1f} s"
 
 
-def _lengths(found: Sequence[Found], config: Config | None) -> str:
+def _lengths(found: Sequence[Inspection], config: Config | None) -> str:
     """How long the episodes are; without a configuration the recordings."""
     what, lengths = "recordings", [one.seconds for one in found if _holds_anything(one)]
     if config:
@@ -118,7 +118,7 @@ def _lengths(found: Sequence[Found], config: Config | None) -> str:
     return section("Lengths", text, [chart(draw, f"Number of {what} by their length (s).")])
 
 
-def _overview(found: Sequence[Found], config: Config | None, places: dict[int, str]) -> str:
+def _overview(found: Sequence[Inspection], config: Config | None, places: dict[int, str]) -> str:
     headings = {
         "seconds": "length, s",
         "episodes": "episodes",
@@ -149,7 +149,7 @@ def _overview(found: Sequence[Found], config: Config | None, places: dict[int, s
     return section("Recordings", text, [], table(headings, rows))
 
 
-def _augmented(found: Sequence[Found], config: Config) -> str:
+def _augmented(found: Sequence[Inspection], config: Config) -> str:
     """What training.augment does to the first pictures of the first recording that has one of each camera."""
     cameras = config.data.cameras
     names = ", ".join(config.training.augment)

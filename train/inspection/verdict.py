@@ -35,7 +35,7 @@ NOT_IN_JSON = ("recording", "series", "stamps", "pixels", "gaps")
 
 
 @dataclass
-class Found:
+class Inspection:
     """What was found in one bag. Times `*_s` are seconds since its first message, by the recorder's clock."""
 
     name: str
@@ -77,7 +77,7 @@ class Found:
         return [((int(episode.ticks[0]) - self.start_ns) / SECOND, len(episode.ticks)) for episode in episodes]
 
 
-def inspect(bag: Bag, config: Config | None = None, pictures: bool = False) -> Found:
+def inspect(bag: Bag, config: Config | None = None, pictures: bool = False) -> Inspection:
     """Everything that can be told of a bag; of its episodes only with a configuration.
 
     `pictures` decodes some of each camera: black ones are counted, the first, the middle and the last kept. Faults are
@@ -112,7 +112,7 @@ def inspect(bag: Bag, config: Config | None = None, pictures: bool = False) -> F
     files = {str(file): file.stat().st_size if file.exists() else 0 for file in bag.files}
     checked = [check(file) for file in read]
     checksums = "; ".join(dict.fromkeys(one.carries for one in checked)) or "unknown"
-    found = Found(bag.name, files, start_ns, (end_ns - start_ns) / SECOND, topics, checksums)
+    found = Inspection(bag.name, files, start_ns, (end_ns - start_ns) / SECOND, topics, checksums)
     found.warnings, found.faults = warnings, faults + [fault for one in checked for fault in one.faults]
     if config:
         _as_training_would(bag, config, found)
@@ -167,7 +167,7 @@ def _decode(storage: Storage, connection: Connection, measure: Measure) -> Decod
         return None
 
 
-def _as_training_would(bag: Bag, config: Config, found: Found) -> None:
+def _as_training_would(bag: Bag, config: Config, found: Inspection) -> None:
     """The episodes of a bag, and how its topics lie in time."""
     data = config.data
     try:
@@ -198,7 +198,7 @@ def _as_training_would(bag: Bag, config: Config, found: Found) -> None:
     found.warnings += [*found.recording.warnings, *plausibility.warnings(ticks, config)]
 
 
-def _topics(found: Found, config: Config | None) -> Iterator[str]:
+def _topics(found: Inspection, config: Config | None) -> Iterator[str]:
     """What a topic's stamps and pictures tell, worth a warning."""
     cameras = set(config.data.cameras.values()) if config else set(found.topics)
     path = _path_of_the_arm(found, config) if config else None
@@ -255,7 +255,7 @@ def _topics(found: Found, config: Config | None) -> Iterator[str]:
             )
 
 
-def _path_of_the_arm(found: Found, config: Config) -> Callable[[np.ndarray, np.ndarray], float] | None:
+def _path_of_the_arm(found: Inspection, config: Config) -> Callable[[np.ndarray, np.ndarray], float] | None:
     """A function of a camera's stamps (M,) and some of its pictures: the share of the arm's way while those were taken."""
     if not found.series:
         return None

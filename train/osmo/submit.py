@@ -34,7 +34,7 @@ TRAIN = HERE.parent
 sys.path.insert(0, str(TRAIN))
 
 from config import ROOT, load  # noqa: E402 -- from the folder above
-from faults import Fault, told_plainly  # noqa: E402
+from faults import Fault, exit_with_message  # noqa: E402
 from training.run_folder import RESUME, missing  # noqa: E402
 
 WORKFLOW, CONFIG = HERE / "osmo-workflow.yaml", HERE / "osmo-config.yaml"
@@ -403,5 +403,5 @@ def fetch(url: str, folder: Path) -> Path:
 
 
 if __name__ == "__main__":
-    with told_plainly():
+    with exit_with_message():
         main()

@@ -7,13 +7,11 @@ blob that was replaced is fetched anew.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +19,8 @@ from tqdm import tqdm
 
 from blob_url import BlobUrl
 from faults import Fault
+from files import locked, write_whole
 from recordings.blob_container import Blob, Container, Unfinished
-from training.run_folder import write_whole
 
 WORKERS = 8  # blobs that are fetched at once
 REPLACED = 5  # times that a blob may be replaced while it is fetched
@@ -38,7 +36,7 @@ def local_folder(place: Path | BlobUrl, cache_dir: Path) -> Path:
     host = place.endpoint.partition("://")[2]
     root = cache_dir / "blob" / host / place.container
     try:
-        with Container(place) as container, _one_at_a_time(root):
+        with Container(place) as container, locked(root):
             return _mirror(container, root, cache_dir / "blob/.gone" / host / place.container)
     except OSError as error:
         raise Fault(
@@ -171,16 +169,3 @@ def _is_whole(file: Path, blob: Blob) -> bool:
 
 def _some(names: list[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-
-@contextmanager
-def _one_at_a_time(root: Path) -> Iterator[None]:
-    """Only one process at a time mirrors to a folder, which is made; the next one then finds all there."""
-    root.mkdir(parents=True, exist_ok=True)
-    with root.with_name(f".{root.name}.lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"mirror: waiting for another process that mirrors to {root}", file=sys.stderr, flush=True)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield

@@ -25,7 +25,7 @@ EXPLAINED = 0.7  # of the motion, by the command at the lag found; below that th
 LATE_TICKS, LATE_S = 5, 0.15
 COPIED = 0.1  # of a joint's standard deviation: so near does copying the state come, over a whole chunk
 TWO_TURNS = 4 * np.pi  # rad: what goes farther is not in rad
-NO_ARM = 30.0  # rad/s: the fastest axes of industrial robots turn at 20
+MAX_JOINT_SPEED = 30.0  # rad/s: the fastest axes of industrial robots turn at 20
 SPIKE = 3  # messages, at most
 OF_A_TURN = 0.1  # rad: how far two messages at a jump of 2 pi may be from it
 SWITCH = 16  # a joint of at most so many positions is one, such as a gripper that is open or closed
@@ -186,7 +186,7 @@ def jumps(series: Series, signal: Signal) -> tuple[list[str], list[str]]:
             continue
         with np.errstate(over="ignore", invalid="ignore"):  # of damaged numbers
             size = np.abs(np.diff(column))
-            at = np.flatnonzero(size > NO_ARM * seconds)
+            at = np.flatnonzero(size > MAX_JOINT_SPEED * seconds)
             after = [column[np.minimum(at + ahead, len(column) - 1)] for ahead in range(2, 2 + SPIKE)]
             back = np.any([np.abs(later - column[at]) < size[at] / 2 for later in after], axis=0)
             back &= np.abs(size[at] - 2 * np.pi) > OF_A_TURN  # a joint that hovers at +-pi

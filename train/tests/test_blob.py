@@ -286,7 +286,7 @@ import faults
 from recordings import azure_blob
 from blob_url import BlobUrl
 resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
-with faults.told_plainly():
+with faults.exit_with_message():
     azure_blob.local_folder(BlobUrl(sys.argv[1]), Path(sys.argv[2]))
 """
 

@@ -31,7 +31,7 @@ import inspect_bags
 from config import Config, load
 from dataset.cache import load_dataset
 from inspection.propose import propose
-from inspection.verdict import BAD, GOOD, USABLE, Found, inspect
+from inspection.verdict import BAD, GOOD, USABLE, Inspection, inspect
 from recordings import plausibility
 from recordings.bags import find_bags
 
@@ -98,7 +98,7 @@ def configured(folder: Path, *overrides: str) -> Config:
     )
 
 
-def inspected(folder: Path, messages: list[Timed], config: Config | None = None, kind: str = "mcap") -> Found:
+def inspected(folder: Path, messages: list[Timed], config: Config | None = None, kind: str = "mcap") -> Inspection:
     write(folder / "bags/one", messages, kind)
     (bag,), _ = find_bags(folder / "bags")
     return inspect(bag, config, pictures=True)

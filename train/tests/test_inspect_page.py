@@ -14,7 +14,7 @@ from config import Config, load
 from inspection import report
 from inspection.detail import Curve, _thinned
 from inspection.report import page
-from inspection.verdict import BAD, GOOD, USABLE, Found, inspect
+from inspection.verdict import BAD, GOOD, USABLE, Inspection, inspect
 from recordings.bags import find_bags
 
 JOINTS = "joints: [a, b, c]"
@@ -28,7 +28,7 @@ def configured(folder: Path, *settings: str) -> Config:
     return load(None, [f"data.bag_dir={folder}", cameras, state, action, "data.image_size=[48, 64]", *settings])
 
 
-def inspected(folder: Path, config: Config | None) -> list[Found]:
+def inspected(folder: Path, config: Config | None) -> list[Inspection]:
     return [inspect(bag, config, pictures=True) for bag in find_bags(folder)[0]]
 
 

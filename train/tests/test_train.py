@@ -26,7 +26,7 @@ from dataset.cache import load_dataset
 from faults import Fault, Stopped
 from policy.runner import Policy
 from training import run_folder
-from training.processes import Ranks
+from training.processes import Processes
 
 SCRIPT = Path(train.__file__)
 SHARED = Path(__file__).parents[3] / "shared/bags"
@@ -253,10 +253,14 @@ def test_the_device_of_each_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: chosen.append(torch.device(device)))
-    for wanted, ranks, expected in (("auto", Ranks(), 0), ("cuda:1", Ranks(), 1), ("cuda", Ranks(3, 4, 1), 1)):
+    for wanted, ranks, expected in (
+        ("auto", Processes(), 0),
+        ("cuda:1", Processes(), 1),
+        ("cuda", Processes(3, 4, 1), 1),
+    ):
         assert train._device(wanted, ranks) == f"cuda:{expected}"
         assert chosen[-1].index == expected, "torch refuses a device without its index"
-    for wanted, ranks in (("cuda:0", Ranks(0, 2, 0)), ("auto", Ranks(2, 3, 2)), ("cuda:2", Ranks())):
+    for wanted, ranks in (("cuda:0", Processes(0, 2, 0)), ("auto", Processes(2, 3, 2)), ("cuda:2", Processes())):
         with pytest.raises(Fault, match=r"training\.device"):
             train._device(wanted, ranks)
 

@@ -10,7 +10,6 @@ best.json             the name of the checkpoint with the least validation figur
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -26,10 +25,11 @@ from config import Config, to_dict
 from dataset.cache import Dataset
 from dataset.normalize import Normalizer
 from faults import Fault
+from files import fsync, write_whole
 from policy import pretrained
 from policy.card import robot_json
 from policy.pretrained import ROBOT, WEIGHTS, write_json
-from training.processes import Ranks
+from training.processes import Processes
 from training.run_folder import (
     RESUME,
     best_checkpoint,
@@ -37,7 +37,6 @@ from training.run_folder import (
     files_of,
     newest_checkpoint,
     whole_checkpoints,
-    write_whole,
 )
 
 BEST = "best.json"
@@ -86,11 +85,11 @@ def save(
         resume = {"step": state.step, "validation_l1": validation_l1, "settings": settings, "files": files}
         write_json(writing / RESUME, resume)
         for path in [*writing.rglob("*"), writing]:
-            _settle(path)
+            fsync(path)
         if final.exists():  # only in part, see missing()
             shutil.rmtree(final)
         writing.rename(final)
-        _settle(final.parent)
+        fsync(final.parent)
         best = best_checkpoint(config.output_dir)
         if best:
             unit = "standard deviations of the training actions"
@@ -141,7 +140,7 @@ def restore(checkpoint: Path, state: TrainingState, config: Config, dataset: Dat
     return TrainingState(resume["step"], state.model, state.optimizer, window, held_out)
 
 
-def receive(state: TrainingState, ranks: Ranks) -> TrainingState:
+def receive(state: TrainingState, ranks: Processes) -> TrainingState:
     """The first process's step, optimizer and window in all of them: other machines may lack the checkpoint."""
     step, entries = ranks.from_first(torch.tensor([state.step, len(state.window)])).tolist()
     if step == 0:
@@ -197,12 +196,3 @@ def _differences(here: dict[str, Any], there: dict[str, Any]) -> list[tuple[str,
 
 def _shown(value: Any) -> str:
     return "absent" if value is None else str(value)
-
-
-def _settle(path: Path) -> None:
-    """Wait until a file or folder is on the disk itself: a rename must not outlive its content in a power failure."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from dataset.cache import Batch
-from training.run_folder import write_whole
+from files import write_whole
 
 
 class Log:

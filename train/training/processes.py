@@ -31,7 +31,7 @@ PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 LOST = ("connection", "broken pipe", "socket", "timed out", "timeout", "remote")
 
 
-class Ranks(NamedTuple):
+class Processes(NamedTuple):
     """This process among all of them; the defaults are those of a process alone."""
 
     rank: int = 0
@@ -50,7 +50,7 @@ class Ranks(NamedTuple):
             dist.barrier(self.control)
 
     @contextmanager
-    def one_by_machine(self) -> Iterator[None]:
+    def local_first(self) -> Iterator[None]:
         """One process of each machine does what is inside first; the others do it after."""
         if self.local != 0:
             self.wait()
@@ -109,17 +109,17 @@ class Ranks(NamedTuple):
 
 
 @contextmanager
-def together() -> Iterator[Ranks]:
+def process_group() -> Iterator[Processes]:
     """Meet the other processes that torchrun started, and end with them, whichever fails and for what reason."""
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world == 1:
-        yield Ranks()
+        yield Processes()
         return
     if sys.platform == "linux":  # torchrun gives each a session of its own: killed, it would leave them to train on
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     store, rank, _ = next(iter(dist.rendezvous("env://", timeout=STARTING)))
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=STARTING)
-    ranks = Ranks(rank, world, int(os.environ["LOCAL_RANK"]), dist.new_group(backend="gloo", timeout=WAITING))
+    ranks = Processes(rank, world, int(os.environ["LOCAL_RANK"]), dist.new_group(backend="gloo", timeout=WAITING))
     try:
         yield ranks
         ranks.wait()

@@ -69,14 +69,6 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.split("_")[1]))
 
 
-def write_whole(path: Path, content: str | bytes) -> None:
-    """A file under a temporary name, renamed when whole; its folder is made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    writing = path.with_name(f".{path.name}.tmp")
-    writing.write_bytes(content.encode() if isinstance(content, str) else content)
-    writing.rename(path)
-
-
 def main() -> None:
     run = Path(sys.argv[1])
     for broken, lack in broken_checkpoints(run).items():
