@@ -23,7 +23,8 @@ import numpy as np
 import torch
 
 from config import Config, load
-from dataset.cache import Dataset, load_dataset
+from dataset.batches import Dataset
+from dataset.cache import load_dataset
 from evaluation import report
 from evaluation.errors import METHODS, measure, summary
 from faults import Fault, Stopped, exit_with_message

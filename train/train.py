@@ -31,7 +31,8 @@ from tqdm import tqdm
 from act_model import ACT, act_loss, load_imagenet_weights
 from config import Config, Training, dump, load, to_dict
 from dataset.augment import Augment
-from dataset.cache import Batch, Dataset, batches, load_dataset
+from dataset.batches import Batch, Dataset, batches
+from dataset.cache import load_dataset
 from dataset.normalize import Normalizer
 from evaluate import judge_at_the_end
 from faults import LEFT_OUT, Fault, Stopped, exit_with_message
@@ -71,7 +72,9 @@ def train(config: Config, dataset: Dataset, ranks: Processes = Processes()) -> P
         _stop_signals() as stopped,
         tqdm(total=settings.steps, initial=state.step, unit="step", desc="training", disable=not ranks.first) as bar,
     ):
-        for step, batch in enumerate(log.waiting(batches(dataset.train, config, state.step, ranks)), state.step + 1):
+        for step, batch in enumerate(
+            log.waiting(batches(dataset.train, config, state.step, ranks.rank, ranks.world)), state.step + 1
+        ):
             _seed(settings.seed, step, ranks)
             loss, figures = _loss(shared, normalizer, augment(batch.to(device)), config, precision)
             optimizer.zero_grad(set_to_none=True)
@@ -142,7 +145,7 @@ def validate(model: ACT, normalizer: Normalizer, dataset: Dataset, config: Confi
     )
     total, count = torch.zeros((), device=device), torch.zeros((), device=device)
     for chosen in ticks.split(config.training.batch_size):
-        batch = dataset.validation.gather(chosen.numpy(), config.model.chunk_size, config.data.image_size).to(device)
+        batch = dataset.validation.gather(chosen.numpy()).to(device)
         _, (_, l1, _) = _loss(model, normalizer, batch, config, precision)
         real = (~batch.action_is_pad).sum()
         total, count = total + l1 * real, count + real
@@ -315,7 +318,7 @@ def report(config: Config, dataset: Dataset) -> str:
 
 def _draw_augmented(config: Config, dataset: Dataset) -> Path:
     """A picture of what training.augment does to the first moment of the recordings."""
-    first = dataset.train.gather(np.zeros(1, int), 1, config.data.image_size)
+    first = dataset.train.gather(np.zeros(1, int))
     path = config.output_dir / "augmented.png"
     if first.images is not None:
         Augment(config.training.augment, config.data.image_size).draw(first.images[0], path)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dataset.cache import Batch
+from dataset.batches import Batch
 from faults import Fault
 from files import write_whole
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from act_model import Attention, DecoderLayer
-from dataset.cache import Batch
+from dataset.batches import Batch
 from policy.runner import Policy
 
 PICTURE_WIDTH = 384  # pixels, at least

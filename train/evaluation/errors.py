@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from config import Config
-from dataset.cache import Batch, Split
+from dataset.batches import Batch, Split
 from faults import Fault
 from page import UNIT
 from policy.runner import Policy
@@ -51,7 +51,7 @@ def measure(policy: Policy, config: Config, split: Split, controls: bool = True)
     found: dict[str, list[Tensor]] = {name: [] for name in METHODS}
     for start in range(0, len(ticks), BATCH):
         here = ticks[start : start + BATCH]
-        batch = split.gather(here, config.model.chunk_size, config.data.image_size)
+        batch = split.gather(here)
         still, last = _baselines(split, here, batch, config)
         chunks = {
             "policy": policy.predict(batch.state, batch.images),
@@ -62,7 +62,7 @@ def measure(policy: Policy, config: Config, split: Split, controls: bool = True)
         if batch.images is not None and controls:
             chunks["camera_blanked"] = policy.predict(batch.state, torch.full_like(batch.images, 128))
             if elsewhere is not None:
-                other = split.gather(elsewhere[start : start + BATCH], 1, config.data.image_size)
+                other = split.gather(elsewhere[start : start + BATCH])
                 chunks["camera_of_another"] = policy.predict(batch.state, other.images)
         for name, chunk in chunks.items():
             error = (chunk - batch.action).abs().masked_fill(batch.action_is_pad[..., None], torch.nan)
@@ -96,7 +96,7 @@ def _in_another_episode(split: Split, ticks: np.ndarray) -> np.ndarray | None:
 
 def _latency_ms(policy: Policy, config: Config, split: Split) -> np.ndarray:
     """Times (K,) from one observation at the training size to its chunk, on the host."""
-    one = split.gather(np.zeros(1, int), 1, config.data.image_size)
+    one = split.gather(np.zeros(1, int))
     times: list[float] = []
     began = time.perf_counter()
     while len(times) < LATENCIES + 3 and (len(times) < 8 or time.perf_counter() - began < LATENCY_S):

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from dataset.cache import Batch, Split
+from dataset.batches import Batch, Split
 from evaluation.attention import attention, enlarged, overlay
 from evaluation.errors import METHODS, Judgement
 from page import BLACK, BLUE, GREEN, GREY, ORANGE, PAGE, PALE_BLUE, PINK, UNIT, cards, chart, picture, section, table
@@ -113,7 +113,7 @@ def _episode(judged: Judgement, title: str, start: int) -> str:
     fps, ahead, length = config.data.fps, config.model.chunk_size, int(split.end[start]) - start
     every = max(config.model.n_action_steps, length // CHUNKS)
     ticks = np.arange(0, length, every)  # of the episode
-    batch = split.gather(start + ticks, ahead, config.data.image_size)
+    batch = split.gather(start + ticks)
     chunks = judged.policy.predict(batch.state, batch.images).numpy()
     recorded = split.action[start : start + length]
 
@@ -184,7 +184,7 @@ def _worst(judged: Judgement) -> list[str]:
         near = (split.end[ticks[n]] == split.end[ticks[m]] and abs(ticks[n] - ticks[m]) < ahead for m in chosen)
         if len(chosen) < WORST and not any(near):
             chosen.append(n)
-    batch = split.gather(ticks[chosen], ahead, config.data.image_size)
+    batch = split.gather(ticks[chosen])
     chunks = judged.policy.predict(batch.state, batch.images).numpy()
     seen = _seen(judged, batch, plain=True)
     sections = []
@@ -213,7 +213,7 @@ def _looks(judged: Judgement, start: int) -> str:
     """Where the policy looked in the course of the episode that begins at a tick."""
     split, config = judged.split, judged.config
     ticks = np.unique(np.linspace(start, split.end[start] - 1, LOOKS).round().astype(int))
-    batch = split.gather(ticks, config.model.chunk_size, config.data.image_size)
+    batch = split.gather(ticks)
     figures = [figure for figures in _seen(judged, batch, plain=False, ticks=ticks) for figure in figures]
     text = (
         f"{_where(split, start)}. The decoder's attention to the cells of the picture, one for 32 x 32 px, the mean of its heads and of the "

@@ -12,7 +12,7 @@ import torch
 from config import Config, to_dict
 
 if TYPE_CHECKING:  # a robot loads policies without the readers of bags
-    from dataset.cache import Dataset, Split
+    from dataset.batches import Dataset, Split
 
 
 def robot_json(step: int, config: Config, dataset: Dataset, held_out: dict[str, Any]) -> dict[str, Any]:

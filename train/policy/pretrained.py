@@ -23,7 +23,7 @@ from faults import Fault
 from policy import card
 
 if TYPE_CHECKING:  # a robot loads policies without the readers of bags
-    from dataset.cache import Dataset
+    from dataset.batches import Dataset
 
 WEIGHTS = "model.safetensors"
 ROBOT = "robot.json"

@@ -13,7 +13,7 @@ import numpy as np
 from config import Config, Signal
 
 if TYPE_CHECKING:  # they need torch, OpenCV and rosbags
-    from dataset.cache import Dataset
+    from dataset.batches import Dataset
     from recordings.episodes import Recording
     from recordings.signals import Series
 

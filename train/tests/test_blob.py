@@ -128,7 +128,7 @@ def test_training_from_blob_is_as_from_the_folder(tmp_path: Path, blobs: Blobs) 
     assert blobs.emulator.served == before and blobs.emulator.lists > lists, "the second run lists, and moves nothing"
     assert np.array_equal(one.train.state, other.train.state) and one.recordings == other.recordings
     ticks = np.arange(8)
-    pictures = [dataset.train.gather(ticks, 5, (48, 64)).images for dataset in (one, other)]
+    pictures = [dataset.train.gather(ticks).images for dataset in (one, other)]
     assert pictures[0] is not None and pictures[1] is not None and (pictures[0] == pictures[1]).all()
     assert not list((tmp_path / "cache").glob(".building*")) and len(list((tmp_path / "cache").glob("*-*"))) == 6
 

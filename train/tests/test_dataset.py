@@ -11,11 +11,11 @@ from writing import CAMERA, COMMAND, MS, START, STATE, Timed, episode, image, jo
 
 from config import Config, load
 from dataset import cache
-from dataset.cache import Dataset, batches, load_dataset
+from dataset.batches import Dataset, Split, batches
+from dataset.cache import load_dataset
 from faults import Fault, NoRoom
 from recordings.bags import find_bags
 from recordings.episodes import Recording, read_recording
-from training.processes import Processes
 
 
 def configured(folder: Path, *overrides: str) -> Config:
@@ -113,7 +113,7 @@ def test_batches_follow_the_recordings(tmp_path: Path) -> None:
     data = load_dataset(config := configured(recorded(tmp_path)))
     assert len(data.train.names) == 2 and len(data.validation.names) == 1, "whole recordings"
     seen = []
-    for batch in batches(data.train, config, 0, Processes()):
+    for batch in batches(data.train, config, 0):
         assert batch.images is not None
         for b in range(4):
             (tick,) = map(int, np.flatnonzero((data.train.state == batch.state[b].numpy()).all(1)))
@@ -131,8 +131,8 @@ def test_batches_follow_the_recordings(tmp_path: Path) -> None:
                 "the picture of that tick"
             )
     assert len(set(seen[: len(data.train.state)])) == len(data.train.state), "every sample once an epoch"
-    late = next(iter(batches(data.train, config, 7, Processes())))
-    assert late.state.equal(next(itertools.islice(batches(data.train, config, 0, Processes()), 7, None)).state), (
+    late = next(iter(batches(data.train, config, 7)))
+    assert late.state.equal(next(itertools.islice(batches(data.train, config, 0), 7, None)).state), (
         "the order needs only the step"
     )
 
@@ -197,7 +197,7 @@ def test_a_second_run_reads_no_bag_and_a_new_bag_is_read_alone(tmp_path: Path, m
         load_dataset(configured(tmp_path, "data.fps=10"))
 
 
-def by_recording(split: cache.Split) -> dict[str, np.ndarray]:
+def by_recording(split: Split) -> dict[str, np.ndarray]:
     return dict(zip(split.names, np.split(split.state, np.cumsum(split.lengths)[:-1]), strict=True))
 
 

@@ -22,7 +22,8 @@ import evaluate
 import train
 from act_model import DecoderLayer
 from config import Config, load
-from dataset.cache import Dataset, load_dataset
+from dataset.batches import Dataset
+from dataset.cache import load_dataset
 from evaluation.attention import attention
 from faults import Stopped
 from policy.runner import Policy
@@ -87,8 +88,8 @@ def figures(run: Run, name: str = "checkpoint_000010/evaluation.json") -> Any:
 def predicted(run: Run, ticks: list[int], pictures: list[int] | None) -> np.ndarray:
     """The policy's chunks at some ticks, with the pictures of others, or grey ones."""
     policy = Policy.load(run.checkpoint / "pretrained_model")
-    batch = run.data.validation.gather(np.array(ticks), 10, (48, 64))
-    images = run.data.validation.gather(np.array(pictures), 1, (48, 64)).images if pictures else None
+    batch = run.data.validation.gather(np.array(ticks))
+    images = run.data.validation.gather(np.array(pictures)).images if pictures else None
     return policy.predict(
         batch.state, torch.full((len(ticks), 1, 48, 64, 3), 128).byte() if images is None else images
     ).numpy()
@@ -146,7 +147,7 @@ def test_the_figures_are_those_of_a_plain_computation(run: Run, action: str, tmp
 
 def test_attention_is_what_torchs_own_module_says(run: Run) -> None:
     policy = Policy.load(run.checkpoint / "pretrained_model")
-    batch = run.data.validation.gather(np.arange(3), 10, (48, 64))
+    batch = run.data.validation.gather(np.arange(3))
     assert batch.images is not None
     last = policy.model.decoder.layers[-1]
     assert isinstance(last, DecoderLayer)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from act_model import ACT
 from config import Config, to_dict
-from dataset.cache import Dataset
+from dataset.batches import Dataset
 from dataset.normalize import Normalizer
 from faults import Fault
 from files import fsync, write_whole

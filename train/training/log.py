@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TextIO
 
-from dataset.cache import Batch
+from dataset.batches import Batch
 from files import write_whole
 
 
