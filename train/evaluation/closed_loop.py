@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from config import Config
-from demo_bags import (
+from evaluation.simulated_arm import (
     CAMERA_TOPIC,
     COMMAND_TOPIC,
     JOINT_TOPIC,

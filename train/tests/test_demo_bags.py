@@ -10,7 +10,9 @@ import pytest
 from rosbags.rosbag2 import Reader
 
 import demo_bags
-from demo_bags import CAMERA_TOPIC, COMMAND_TOPIC, JOINT_TOPIC, JOINTS, LAG_S, TYPES
+from demo_bags import TYPES
+from evaluation import simulated_arm
+from evaluation.simulated_arm import CAMERA_TOPIC, COMMAND_TOPIC, JOINT_TOPIC, JOINTS, LAG_S
 from faults import Fault
 
 
@@ -70,23 +72,25 @@ def test_a_folder_that_holds_something_else_is_refused_in_one_line(tmp_path: Pat
 def test_the_arm_comes_to_rest_over_the_disc_that_the_camera_shows() -> None:
     for index in range(5):
         messages = demo_bags.episode_messages(seed=0, index=index)
-        flange = demo_bags.forward_kinematics(in_order(joint_states(messages)[-1]))[-1]
+        flange = simulated_arm.forward_kinematics(in_order(joint_states(messages)[-1]))[-1]
 
         picture = cv2.imdecode(first_jpeg(messages), cv2.IMREAD_COLOR)
         assert picture is not None
         blue, green, red = np.moveaxis(picture, -1, 0)
         seen = np.argwhere((red > 140) & (green < 90) & (blue < 90)).mean(axis=0)[::-1]
 
-        below = flange - (0.0, 0.0, demo_bags.HOVER)
+        below = flange - (0.0, 0.0, simulated_arm.HOVER)
         assert abs(below[2]) < 0.005
-        assert seen + 0.5 == pytest.approx(demo_bags.project(below[None])[0][0] / demo_bags.OVERSAMPLING, abs=0.7)
+        assert seen + 0.5 == pytest.approx(
+            simulated_arm.project(below[None])[0][0] / simulated_arm.OVERSAMPLING, abs=0.7
+        )
 
 
 def test_inverse_kinematics_reaches_every_target_on_one_branch() -> None:
     targets = np.array([[x, y, 0.0] for x in np.linspace(-0.9, -0.5, 10) for y in np.linspace(-0.3, 0.3, 15)])
-    goals = np.array([demo_bags.inverse_kinematics(demo_bags.goal_point(target)) for target in targets])
-    reached = np.array([demo_bags.forward_kinematics(goal)[-1] for goal in goals])
-    assert reached == pytest.approx(targets + np.array([0, 0, demo_bags.HOVER]), abs=1e-3)
+    goals = np.array([simulated_arm.inverse_kinematics(simulated_arm.goal_point(target)) for target in targets])
+    reached = np.array([simulated_arm.forward_kinematics(goal)[-1] for goal in goals])
+    assert reached == pytest.approx(targets + np.array([0, 0, simulated_arm.HOVER]), abs=1e-3)
     grid = goals.reshape(10, 15, 6)
     assert np.abs(np.diff(grid, axis=0)).max() < 0.2 and np.abs(np.diff(grid, axis=1)).max() < 0.2
 

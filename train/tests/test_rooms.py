@@ -25,9 +25,8 @@ MODULES = {
     for path in (*TRAIN.glob("*.py"), *TRAIN.glob("[!.]*/*.py"))
     if path.relative_to(TRAIN).parts[0] not in ("tests", "benchmarks", "osmo")
 }
-# still to be parted: the demonstration's arm from the command that records it, plausibility from what it judges
+# still to be parted: plausibility from what it judges
 ALLOWED = {
-    ("evaluation.closed_loop", "demo_bags"),
     ("recordings.plausibility", "dataset.batches"),
     ("inspection.report", "torch"),
     ("inspection.report", "dataset.augment"),

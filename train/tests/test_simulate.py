@@ -14,21 +14,20 @@ import evaluate
 import train
 from config import load
 from dataset.cache import load_dataset
-from demo_bags import (
+from demo_bags import episode_messages, record
+from evaluation import closed_loop
+from evaluation.closed_loop import Controller, drive, held, unseen, wilson
+from evaluation.simulated_arm import (
     COMMAND_TOPIC,
     JOINT_TOPIC,
     JOINTS,
     LAG_S,
     Array,
     Image,
-    episode_messages,
     follow,
     goal_point,
     inverse_kinematics,
-    record,
 )
-from evaluation import closed_loop
-from evaluation.closed_loop import Controller, drive, held, unseen, wilson
 from faults import Fault
 from policy.runner import Policy
 
