@@ -313,7 +313,10 @@ def report(config: Config, dataset: Dataset) -> str:
         f"memory  {parameters / 1e6:.1f} M parameters: {parameters * 16 / 1e6:.0f} MB for weights, gradients and optimizer, "
         "besides the activations"
     )
-    return "\n".join([*lines, *(f"warning: {line}" for line in plausibility.of_dataset(dataset, config))])
+    for name, ticks in dataset.ticks(data.action.as_ == "delta"):
+        warnings = [*dataset.warnings[name], *plausibility.warnings(ticks, config)]
+        lines += [f"warning: {name}: {warning}" for warning in warnings]
+    return "\n".join(lines)
 
 
 def _draw_augmented(config: Config, dataset: Dataset) -> Path:

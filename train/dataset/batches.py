@@ -20,6 +20,7 @@ from torch import Tensor
 from config import Config
 from dataset.normalize import Moments, Normalizer, imagenet, moments
 from faults import Fault
+from recordings.plausibility import Ticks
 
 PREFETCH = 4  # batches that are ready before they are asked for
 
@@ -109,6 +110,27 @@ class Dataset(NamedTuple):
         """By the training recordings alone."""
         cameras: dict[str, Moments] = {camera: imagenet() for camera in self.train.frames}
         return Normalizer(moments(self.train.state), moments(self.train.action), cameras)
+
+    def ticks(self, delta: bool) -> Iterator[tuple[str, Ticks]]:
+        """Each recording's name and ticks; `delta` says that actions are to be added to their states."""
+        for split in (self.train, self.validation):
+            owners = (
+                split.recording[np.cumsum([0, *split.lengths[:-1]])] if split.names else np.zeros(0)
+            )  # of the episodes
+            for i, name in enumerate(split.names):
+                of = slice(*np.searchsorted(split.recording, (i, i + 1)))
+                state, action = split.state[of], split.action[of]
+                yield (
+                    name,
+                    Ticks(
+                        state,
+                        action + state if delta else action,
+                        {camera: frames.row[of] for camera, frames in split.frames.items()},
+                        [split.lengths[episode] for episode in np.flatnonzero(owners == i)],
+                        self.state_names,
+                        self.action_names,
+                    ),
+                )
 
     def left_out_in_words(self) -> list[str]:
         """The recordings that were skipped, counted, and their faults, a line each."""

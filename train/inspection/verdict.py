@@ -192,7 +192,7 @@ def _as_training_would(bag: Bag, config: Config, found: Inspection) -> None:
     state = newest[data.state[0].topic]
     found.state_minus_image_ms = {camera: Spread.of(state - newest[topic]) for camera, topic in data.cameras.items()}
     found.state_minus_command_ms = {signal.topic: Spread.of(state - newest[signal.topic]) for signal in data.commands}
-    ticks = plausibility.of_recording(found.recording, config)
+    ticks = found.recording.ticks(data)
     found.lag = plausibility.lag(ticks, config)
     found.idle_s = plausibility.idle(ticks, data.fps)
     found.warnings += [*found.recording.warnings, *plausibility.warnings(ticks, config)]

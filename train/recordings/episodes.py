@@ -17,8 +17,8 @@ from config import Data, Signal
 from faults import Fault
 from recordings.bags import Bag, Message, read_messages
 from recordings.images import at_size
-from recordings.plausibility import jumps
-from recordings.signals import Series, read_series
+from recordings.plausibility import Ticks
+from recordings.signals import Series, jumps, read_series
 
 WORTH_SAYING_NS = 500_000_000
 DECODERS = 2  # threads that decode pictures; OpenCV lets go of the interpreter while it does
@@ -41,6 +41,19 @@ class Recording(NamedTuple):
     action_names: tuple[str, ...]
     notes: list[str]  # clocks, splits and what was dropped, in words
     warnings: list[str]  # what the messages show, and the ticks no longer do
+
+    def ticks(self, data: Data) -> Ticks:
+        """Its episodes, one after the other, for plausibility."""
+        state = np.concatenate([episode.state for episode in self.episodes])
+        action = np.concatenate([episode.action for episode in self.episodes])
+        return Ticks(
+            state,
+            action + state if data.action.as_ == "delta" else action,
+            {camera: np.concatenate([episode.frames[camera] for episode in self.episodes]) for camera in data.cameras},
+            [len(episode.state) for episode in self.episodes],
+            self.state_names,
+            self.action_names,
+        )
 
 
 def read_recording(bag: Bag, data: Data) -> Recording:

@@ -6,16 +6,11 @@ It looks at ticks, whether they come straight from a bag or out of the cache: in
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from config import Config, Signal
-
-if TYPE_CHECKING:  # they need torch, OpenCV and rosbags
-    from dataset.batches import Dataset
-    from recordings.episodes import Recording
-    from recordings.signals import Series
+from config import Config
 
 STILL = 1e-4  # units: a joint that moves less over a whole recording never moved
 BEGINS_TO_MOVE = 0.03  # of a joint's range; at least 1e-3 units, or noise would count
@@ -25,10 +20,6 @@ EXPLAINED = 0.7  # of the motion, by the command at the lag found; below that th
 LATE_TICKS, LATE_S = 5, 0.15
 COPIED = 0.1  # of a joint's standard deviation: so near does copying the state come, over a whole chunk
 TWO_TURNS = 4 * np.pi  # rad: what goes farther is not in rad
-MAX_JOINT_SPEED = 30.0  # rad/s: the fastest axes of industrial robots turn at 20
-SPIKE = 3  # messages, at most
-OF_A_TURN = 0.1  # rad: how far two messages at a jump of 2 pi may be from it
-SWITCH = 16  # a joint of at most so many positions is one, such as a gripper that is open or closed
 
 
 class Ticks(NamedTuple):
@@ -53,40 +44,6 @@ class Lag(NamedTuple):
 
     seconds: float
     explained: float  # share of the state's motion that the command, so much earlier, explains
-
-
-def of_recording(recording: Recording, config: Config) -> Ticks:
-    episodes = recording.episodes
-    state = np.concatenate([episode.state for episode in episodes])
-    action = np.concatenate([episode.action for episode in episodes])
-    return Ticks(
-        state,
-        action + state if config.data.action.as_ == "delta" else action,
-        {camera: np.concatenate([episode.frames[camera] for episode in episodes]) for camera in config.data.cameras},
-        [len(episode.state) for episode in episodes],
-        recording.state_names,
-        recording.action_names,
-    )
-
-
-def of_dataset(dataset: Dataset, config: Config) -> list[str]:
-    """The warnings of all cached recordings, each with its recording's name before it."""
-    found = []
-    for split in (dataset.train, dataset.validation):
-        owners = split.recording[np.cumsum([0, *split.lengths[:-1]])] if split.names else np.zeros(0)  # of the episodes
-        for i, name in enumerate(split.names):
-            of = slice(*np.searchsorted(split.recording, (i, i + 1)))
-            state, action = split.state[of], split.action[of]
-            ticks = Ticks(
-                state,
-                action + state if config.data.action.as_ == "delta" else action,
-                {camera: frames.row[of] for camera, frames in split.frames.items()},
-                [split.lengths[episode] for episode in np.flatnonzero(owners == i)],
-                dataset.state_names,
-                dataset.action_names,
-            )
-            found += [f"{name}: {warning}" for warning in (*dataset.warnings[name], *warnings(ticks, config))]
-    return found
 
 
 def warnings(ticks: Ticks, config: Config) -> list[str]:
@@ -164,40 +121,6 @@ def _cameras(ticks: Ticks, config: Config) -> Iterator[str]:
                 f"camera {camera} gives {share * fps:.3g} new pictures a second at data.fps = {fps:g}: the policy would see most "
                 f"of them again; set data.fps to about {share * fps:.0f}, or record faster"
             )
-
-
-def jumps(series: Series, signal: Signal) -> tuple[list[str], list[str]]:
-    """Where joints of a signal go faster than any arm can, in words: those that come back at once, and those that do not.
-
-    What comes back was never there: a flipped bit, a driver's slip. What stays may be an arm that was reset; a turn of 2 pi may come back.
-    Positions in rad alone are looked at: other numbers may jump, and where a joint is usually beyond two turns they are degrees.
-    """
-    rows, names = series.values[signal], series.names[signal]
-    spikes: list[str] = []
-    steps: list[str] = []
-    if signal.field not in ("", "position") or len(rows) < 3 or np.median(np.abs(rows), axis=0).max() > TWO_TURNS:
-        return spikes, steps
-    elapsed = np.diff(series.stamps)
-    # a busy machine delivers in bunches what was measured a period apart
-    seconds = np.maximum(elapsed, max(1.0, float(np.median(elapsed)))) / 1e9
-    for column, name in zip(rows.T, names, strict=True):
-        of_a_joint = bool(signal.joints) or name.startswith(f"{signal.topic}.position[")
-        if not of_a_joint or len(np.unique(column)) <= SWITCH:
-            continue
-        with np.errstate(over="ignore", invalid="ignore"):  # of damaged numbers
-            size = np.abs(np.diff(column))
-            at = np.flatnonzero(size > MAX_JOINT_SPEED * seconds)
-            after = [column[np.minimum(at + ahead, len(column) - 1)] for ahead in range(2, 2 + SPIKE)]
-            back = np.any([np.abs(later - column[at]) < size[at] / 2 for later in after], axis=0)
-            back &= np.abs(size[at] - 2 * np.pi) > OF_A_TURN  # a joint that hovers at +-pi
-        for which, found in ((at[back], spikes), (at[~back & ~np.isin(at - 1, at[back])], steps)):
-            if len(which):
-                i = int(which[0])
-                found.append(
-                    f"{signal.topic}: {name} goes from {column[i]:.4g} to {column[i + 1]:.4g} within {seconds[i] * 1e3:.1f} ms, at "
-                    f"message {i + 1}, t+{(series.stamps[i + 1] - series.stamps[0]) / 1e9:.3f} s (one of {len(which)} such jumps)"
-                )
-    return spikes, steps
 
 
 def idle(ticks: Ticks, fps: float) -> tuple[float, float]:

@@ -13,6 +13,7 @@ from config import Signal
 from faults import Fault
 from recordings.bags import Bag, Message, read_messages
 from recordings.layout import Layout, Numbers, layout_of, numbers_of, stamps_ns
+from recordings.plausibility import TWO_TURNS
 
 MAX_SKEW_NS = 1_000_000_000  # a header stamp this far from its receive stamp is of another clock
 BLOCK = 1024  # messages of one length that are looked at together
@@ -21,6 +22,10 @@ LAYOUTS = 16  # of a topic to learn: one whose messages all differ, as by a chan
 JOINT_STATE, TRAJECTORY = "sensor_msgs/msg/JointState", "trajectory_msgs/msg/JointTrajectory"
 NAMES = {JOINT_STATE: "name", TRAJECTORY: "joint_names"}
 IMAGES = ("sensor_msgs/msg/Image", "sensor_msgs/msg/CompressedImage")
+MAX_JOINT_SPEED = 30.0  # rad/s: the fastest axes of industrial robots turn at 20
+SPIKE = 3  # messages, at most
+OF_A_TURN = 0.1  # rad: how far two messages at a jump of 2 pi may be from it
+SWITCH = 16  # a joint of at most so many positions is one, such as a gripper that is open or closed
 
 
 class Series(NamedTuple):
@@ -95,6 +100,40 @@ def choose_clock(receive: np.ndarray, header: np.ndarray) -> tuple[np.ndarray, s
             f"receive (header stamps are up to {skew.max() / 1e9:.2f} s off, at message {int(skew.argmax())})",
         )
     return header, "header"
+
+
+def jumps(series: Series, signal: Signal) -> tuple[list[str], list[str]]:
+    """Where joints of a signal go faster than any arm can, in words: those that come back at once, and those that do not.
+
+    What comes back was never there: a flipped bit, a driver's slip. What stays may be an arm that was reset; a turn of 2 pi may come back.
+    Positions in rad alone are looked at: other numbers may jump, and where a joint is usually beyond two turns they are degrees.
+    """
+    rows, names = series.values[signal], series.names[signal]
+    spikes: list[str] = []
+    steps: list[str] = []
+    if signal.field not in ("", "position") or len(rows) < 3 or np.median(np.abs(rows), axis=0).max() > TWO_TURNS:
+        return spikes, steps
+    elapsed = np.diff(series.stamps)
+    # a busy machine delivers in bunches what was measured a period apart
+    seconds = np.maximum(elapsed, max(1.0, float(np.median(elapsed)))) / 1e9
+    for column, name in zip(rows.T, names, strict=True):
+        of_a_joint = bool(signal.joints) or name.startswith(f"{signal.topic}.position[")
+        if not of_a_joint or len(np.unique(column)) <= SWITCH:
+            continue
+        with np.errstate(over="ignore", invalid="ignore"):  # of damaged numbers
+            size = np.abs(np.diff(column))
+            at = np.flatnonzero(size > MAX_JOINT_SPEED * seconds)
+            after = [column[np.minimum(at + ahead, len(column) - 1)] for ahead in range(2, 2 + SPIKE)]
+            back = np.any([np.abs(later - column[at]) < size[at] / 2 for later in after], axis=0)
+            back &= np.abs(size[at] - 2 * np.pi) > OF_A_TURN  # a joint that hovers at +-pi
+        for which, found in ((at[back], spikes), (at[~back & ~np.isin(at - 1, at[back])], steps)):
+            if len(which):
+                i = int(which[0])
+                found.append(
+                    f"{signal.topic}: {name} goes from {column[i]:.4g} to {column[i + 1]:.4g} within {seconds[i] * 1e3:.1f} ms, at "
+                    f"message {i + 1}, t+{(series.stamps[i + 1] - series.stamps[0]) / 1e9:.3f} s (one of {len(which)} such jumps)"
+                )
+    return spikes, steps
 
 
 class _Topic:

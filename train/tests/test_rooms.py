@@ -25,9 +25,8 @@ MODULES = {
     for path in (*TRAIN.glob("*.py"), *TRAIN.glob("[!.]*/*.py"))
     if path.relative_to(TRAIN).parts[0] not in ("tests", "benchmarks", "osmo")
 }
-# still to be parted: plausibility from what it judges
+# the page draws augmented pictures
 ALLOWED = {
-    ("recordings.plausibility", "dataset.batches"),
     ("inspection.report", "torch"),
     ("inspection.report", "dataset.augment"),
 }
