@@ -1,25 +1,92 @@
 """python train/config.py: print every setting with its default and its reason.
 
-A configuration is frozen dataclasses; a YAML file is a strict difference onto them, and `key=value` arguments a
-difference onto that. All that is wrong with it is reported at once, each fault with its dotted key. No torch here.
+A configuration is frozen dataclasses. A YAML file changes some of their values, and `key=value` arguments change more.
+`load` reports every fault at once, each with its dotted key. No torch here.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import difflib
+import math
+import os
 import re
-from collections.abc import Mapping, Sequence
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import unquote, urlsplit
 
 import yaml
 
-from blob_url import BlobUrl
 from faults import Fault
-from strict import UniqueKeys, anchor_paths, build, setting, yaml_key
 
 ROOT = Path(__file__).resolve().parent.parent
+RETIRED = ("training.matmul_precision",)  # in the config.yaml of older runs; ignored
+URL_FORM = "expected https://ACCOUNT.blob.core.windows.net/CONTAINER/PREFIX"
+LOOPBACK = ("127.0.0.1", "localhost", "::1")  # an emulator; its path begins with the account's name
+
+
+def is_url(text: str) -> bool:
+    """Whether a text is a URL, not a path."""
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", text) is not None
+
+
+class BlobUrl(str):
+    """A checked URL of recordings in Azure Blob. Raises Fault with everything wrong with it, and repeats no secret."""
+
+    account: str
+    endpoint: str  # scheme, host and port; for an emulator also the account
+    container: str
+    prefix: str  # a folder of blobs, or one blob; "" for the whole container
+
+    def __new__(cls, text: str) -> BlobUrl:
+        try:
+            parts = urlsplit(text.strip())
+            host, port = parts.hostname or "", parts.port
+        except ValueError:  # a port that is no number, half an IPv6 address
+            raise Fault(f"is not a valid URL; {URL_FORM}") from None
+        segments = [unquote(segment) for segment in parts.path.strip("/").split("/")]
+        account = segments.pop(0) if host in LOOPBACK else host.partition(".")[0]
+        container, *prefix = segments or [""]
+        faults = []
+        if parts.query:
+            faults.append("has a query, perhaps a SAS token; remove it and set AZURE_STORAGE_SAS_TOKEN instead")
+        if "@" in parts.netloc:
+            faults.append("has a name or password before the @; remove it and set AZURE_STORAGE_KEY instead")
+        if parts.fragment:
+            faults.append("has a #; in the name of a blob write %23")
+        if parts.scheme not in ("https", "http") or not host:
+            faults.append(f"{parts.scheme}://{host} is not Azure Blob; {URL_FORM}")
+        else:
+            if parts.scheme == "http" and host not in LOOPBACK:
+                faults.append(f"http://{host} would send recordings and credentials unencrypted; {URL_FORM}")
+            if ".dfs." in host:
+                faults.append(f"{host} is the account's Data Lake address; use {host.replace('.dfs.', '.blob.')}")
+            if not re.fullmatch(r"\$?[a-z0-9][a-z0-9-]{2,62}", container):
+                found = f"{container!r} is not a container's name" if container else "names no container"
+                faults.append(f"{found}; {URL_FORM}")
+            if any(segment in ("", ".", "..") or re.search(r"[/\\\0]", segment) for segment in prefix):
+                faults.append(f"the prefix {'/'.join(prefix)!r} is not a folder's name; {URL_FORM}")
+        if faults:
+            raise Fault(*faults)
+        self = super().__new__(cls, text.strip())
+        netloc = (f"[{host}]" if ":" in host else host) + (f":{port}" if port else "")
+        self.endpoint = f"{parts.scheme}://{netloc}" + (f"/{account}" if host in LOOPBACK else "")
+        self.account, self.container, self.prefix = account, container, "/".join(prefix)
+        return self
+
+
+def setting(
+    default: Any, reason: str, *, least: float | None = None, above: float | None = None, below: float | None = None
+) -> Any:
+    """A dataclass field with its reason and its bounds: least <= value, above < value < below."""
+    metadata = {"reason": reason, "least": least, "above": above, "below": below}
+    if isinstance(default, dict):
+        return dataclasses.field(default_factory=lambda: dict(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 UR10E_JOINTS = (
@@ -34,11 +101,13 @@ UR10E_JOINTS = (
 
 @dataclass(frozen=True)
 class Signal:
-    """Numbers out of the messages of one topic, in a fixed order."""
+    """Numbers from the messages of one topic, in a fixed order."""
 
     topic: str
     joints: tuple[str, ...] = setting((), "joints to take by name, in this order (JointState, JointTrajectory)")
-    index: tuple[int, ...] = setting((), "elements to take by place, of arrays and of joints without names", least=0)
+    index: tuple[int, ...] = setting(
+        (), "elements to take by position: of arrays, and of joints without names", least=0
+    )
     field: str = setting(
         "",
         "dotted path to the numbers; by default the obvious one: `position` of a JointState, "
@@ -51,7 +120,7 @@ class Action:
     """What the policy learns to output."""
 
     from_: Literal["next_state"] | tuple[Signal, ...] = setting(
-        "next_state", "`next_state` (the state one tick later) or a list like `state`: the commands that were sent"
+        "next_state", "`next_state` (the state one tick later) or a list like `state`: the commands sent to the robot"
     )
     as_: Literal["absolute", "delta"] = setting(
         "absolute", "`absolute` targets, or `delta`: target minus the state at that tick"
@@ -67,98 +136,96 @@ class Data:
         "folder of recordings: .mcap, .db3, .bag, rosbag2 folders; or https://ACCOUNT.blob.core.windows.net/CONTAINER/PREFIX",
     )
     cache_dir: Path = setting(
-        ROOT / "outputs/cache", "decoded recordings, shared by all runs; may be deleted at any time"
+        ROOT / "outputs/cache", "decoded recordings, shared by all runs; you can delete it at any time"
     )
     fps: float = setting(30.0, "ticks per second: the rate at which the robot will run the policy", above=0)
     image_size: tuple[int, int] = setting(
-        (240, 320), "height, width in pixels at which the network sees", least=32, below=4097
+        (240, 320), "height, width in pixels of the network's input", least=32, below=4097
     )
     cameras: dict[str, str] = setting(
         {"color": "/camera/color/image_raw"},
         "name: topic of each camera (Image or CompressedImage); `{}` trains on the state alone",
     )
-    state: tuple[Signal, ...] = setting((Signal("/joint_states", UR10E_JOINTS),), "what the robot knows of itself")
-    action: Action = setting(Action(), "what the policy outputs")
-    validation_fraction: float = setting(
-        0.1, "share of the recordings held out, whole, for validation", least=0, below=1
+    state: tuple[Signal, ...] = setting(
+        (Signal("/joint_states", UR10E_JOINTS),), "the robot's own readings that the policy sees"
     )
+    action: Action = setting(Action(), "what the policy outputs")
+    validation_fraction: float = setting(0.1, "share of the recordings held out for validation", least=0, below=1)
     max_age_ms: dict[str, float] = setting(
         {},
-        "topic: age at which its newest message is too old and the episode is "
-        "split; by default 2.5 periods (one lost message is bridged), at least one tick",
+        "topic: maximum age of its newest message; where it is older the episode is split. "
+        "Default: 2.5 periods (bridges one lost message), at least one tick",
         above=0,
     )
     on_bad_bag: Literal["fail", "skip"] = setting(
-        "fail", "`fail` at a recording with a fault, or `skip` it: it is listed, and the exit code is 3"
+        "fail", "at a recording with a fault: `fail`, or `skip` and list it (exit code 3)"
     )
 
     @property
     def commands(self) -> tuple[Signal, ...]:
-        """What the action is taken from; nothing for the next state."""
+        """The signals of the action; empty for `next_state`."""
         return () if self.action.from_ == "next_state" else self.action.from_
 
 
 @dataclass(frozen=True)
 class Model:
-    """ACT, under LeRobot's names and with its defaults."""
+    """ACT, with LeRobot's names and defaults."""
 
-    chunk_size: int = setting(100, "actions predicted at once, in ticks", least=1)
-    n_action_steps: int = setting(100, "actions of a chunk that the robot executes before it looks again", least=1)
+    chunk_size: int = setting(100, "actions in one chunk, in ticks", least=1)
+    n_action_steps: int = setting(100, "actions of a chunk that the robot executes before it observes again", least=1)
     dim_model: int = setting(512, "width of the transformers", least=4)
     n_heads: int = setting(8, "attention heads; must divide dim_model", least=1)
     dim_feedforward: int = setting(3200, "width inside the feed-forward blocks", least=1)
     n_encoder_layers: int = setting(4, "layers of the encoder", least=1)
-    n_decoder_layers: int = setting(1, "layers of the decoder; the original's other six never learned", least=1)
-    use_vae: bool = setting(True, "a latent style variable while training: demonstrations differ in manner")
+    n_decoder_layers: int = setting(1, "layers of the decoder; the original trains only one of its seven", least=1)
+    use_vae: bool = setting(True, "train with a latent style variable: demonstrations differ in style")
     latent_dim: int = setting(32, "size of that variable", least=1)
     n_vae_encoder_layers: int = setting(4, "layers of its encoder", least=1)
-    dropout: float = setting(0.1, "share of activations dropped while training", least=0, below=1)
+    dropout: float = setting(0.1, "share of activations dropped in training", least=0, below=1)
     kl_weight: float = setting(10.0, "weight of the KL term beside the L1 term", least=0)
-    pretrained_backbone: bool = setting(
-        True, "start the ResNet-18 from ImageNet weights (torchvision fetches 45 MB once)"
-    )
+    pretrained_backbone: bool = setting(True, "start the ResNet-18 from ImageNet weights (45 MB, downloaded once)")
 
 
 @dataclass(frozen=True)
 class Training:
-    """The optimisation."""
+    """The optimization."""
 
     init_from: Path | None = setting(
-        None, "start a new run from this policy's weights: a checkpoint or pretrained_model folder, ours or LeRobot's"
+        None, "start a new run from the weights of this checkpoint or pretrained_model folder, ours or LeRobot's"
     )
     steps: int = setting(100_000, "optimizer steps", least=1)
-    batch_size: int = setting(8, "samples a step, on each GPU", least=1)
-    lr: float = setting(1e-5, "AdamW rate of the transformers; ACT's own", above=0)
+    batch_size: int = setting(8, "samples per step and GPU", least=1)
+    lr: float = setting(1e-5, "AdamW rate of the transformers; the paper's value", above=0)
     lr_backbone: float = setting(1e-5, "AdamW rate of the ResNet", least=0)
     weight_decay: float = setting(1e-4, "AdamW's, on all parameters", least=0)
-    grad_clip_norm: float = setting(10.0, "bound on the gradient's norm; 0 for none", least=0)
-    warmup_steps: int = setting(0, "steps over which the rates rise from zero", least=0)
+    grad_clip_norm: float = setting(10.0, "largest gradient norm; 0 turns clipping off", least=0)
+    warmup_steps: int = setting(0, "steps in which the rates rise from zero", least=0)
     schedule: Literal["constant", "cosine"] = setting(
         "constant", "`constant` as in ACT, or `cosine` down to zero at the last step"
     )
     augment: tuple[Literal["color", "crop", "affine"], ...] = setting(
-        (), "changes of the pictures while training: any of `color`, `crop`, `affine`; needs torchvision"
+        (), "image augmentation: any of `color`, `crop`, `affine`; needs torchvision"
     )
     precision: Literal["auto", "fp32", "bf16"] = setting(
-        "auto", "autocast; `auto` is bf16 on a GPU that has it, else fp32"
+        "auto", "autocast; `auto` is bf16 on a GPU that supports it, else fp32"
     )
-    matmul_precision: Literal["highest", "high", "medium"] = setting(
-        "medium", "torch.set_float32_matmul_precision: TF32 on a GPU; on a CPU without AMX the fast kernels, still fp32"
+    seed: int = setting(
+        0, "seed of weights, sample order, dropout and the choice of held-out recordings", least=0, below=2**63
     )
-    seed: int = setting(0, "of weights, sample order, dropout and the held-out choice", least=0, below=2**63)
-    device: str = setting("auto", "`auto` (cuda where there is one), `cpu`, `cuda` or `cuda:N`")
+    device: str = setting("auto", "`auto` (cuda if available), `cpu`, `cuda` or `cuda:N`")
     log_every: int = setting(100, "steps between two lines of metrics.jsonl", least=1)
     evaluate_every: int = setting(2000, "steps between two validations", least=1)
     save_every: int = setting(5000, "steps between two checkpoints", least=1)
-    keep_checkpoints: int = setting(3, "newest checkpoints to keep, besides the one that validated best", least=1)
+    keep_checkpoints: int = setting(3, "newest checkpoints to keep, besides the best one", least=1)
     resume: Literal["auto", "never", "must"] = setting(
-        "auto", "`auto` goes on from the newest checkpoint of output_dir, `never` starts anew, `must` fails without one"
+        "auto",
+        "`auto` resumes from the newest checkpoint in output_dir, `never` starts a new run, `must` fails without one",
     )
 
 
 @dataclass(frozen=True)
 class Config:
-    """One run: what, from which data, with which network, where to."""
+    """One training run."""
 
     data: Data = setting(Data(), "")
     model: Model = setting(Model(), "")
@@ -169,53 +236,52 @@ class Config:
 def load(path: Path | None, overrides: Sequence[str] = ()) -> Config:
     """The configuration in the YAML file `path` (None: the defaults), changed by `key=value` arguments.
 
-    A relative path is relative to the file's folder, on the command line to the working folder.
+    A relative path is relative to the file's folder; in an argument, to the working folder.
     Raises Fault with every fault found.
     """
-    faults: list[str] = []
     tree: dict[str, Any] = {}
     if path is not None:
         try:
-            tree = yaml.load(path.read_text(), UniqueKeys) or {}
+            tree = yaml.load(path.read_text(), _UniqueKeys) or {}
         except FileNotFoundError:
             raise Fault(f"{path}: no such configuration file") from None
         except (OSError, UnicodeDecodeError) as error:
-            raise Fault(f"{path}: cannot be read: {error}") from None
-        except (yaml.YAMLError, ValueError) as error:  # a ValueError from a date that is none
+            raise Fault(f"{path}: cannot read: {error}") from None
+        except (yaml.YAMLError, ValueError) as error:  # ValueError: an impossible date
             raise Fault(f"{path}: is not valid YAML: {' '.join(str(error).split())}") from None
         if not isinstance(tree, dict):
             raise Fault(f"{path}: expected a mapping with keys such as training, found {tree!r}")
-        anchor_paths(tree, Config, path.resolve().parent)
+        for dotted in RETIRED:
+            room, key = dotted.split(".")
+            if isinstance(tree.get(room), dict) and tree[room].pop(key, None) is not None:
+                print(f"{path}: {dotted} is no longer a setting; ignored", flush=True)
+        _make_paths_absolute(tree, Config, path.resolve().parent)
+    faults: list[str] = []
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:
             faults.append(f"{override}: expected key=value, such as training.steps=20000")
             continue
         try:
-            value = yaml.load(text, UniqueKeys)
-        except (yaml.YAMLError, ValueError) as error:  # a ValueError from a date that is none
+            branch = yaml.load(text, _UniqueKeys)
+        except (yaml.YAMLError, ValueError) as error:
             faults.append(f"{key}: the value {text!r} is not valid YAML: {' '.join(str(error).split())}")
             continue
-        branch: dict[str, Any] = {}
-        leaf = branch
-        *parents, last = key.split(".")
-        for name in parents:
-            leaf[name] = leaf = {}
-        leaf[last] = value
-        anchor_paths(branch, Config, Path.cwd())
+        for name in reversed(key.split(".")):
+            branch = {name: branch}
+        _make_paths_absolute(branch, Config, Path.cwd())
         _merge(tree, branch)
-    config = build(Config, tree, "", faults)
-    if not faults:
-        _check_together(config, faults)
+    config = _build(Config, tree, "", faults)
+    faults = faults or list(_contradictions(config))
     if faults:
         raise Fault(*faults)
-    return config
+    return typing.cast(Config, config)
 
 
 def to_dict(value: Any) -> Any:
     """The plain tree of lists, mappings and scalars that `load` reads back as the same configuration."""
     if dataclasses.is_dataclass(value):
-        tree = {yaml_key(f): to_dict(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        tree = {_yaml_key(f): to_dict(getattr(value, f.name)) for f in dataclasses.fields(value)}
         return {key: item for key, item in tree.items() if item} if isinstance(value, Signal) else tree
     if isinstance(value, tuple):
         return [to_dict(item) for item in value]
@@ -230,75 +296,178 @@ def dump(config: Config) -> str:
 
 
 def rows(kind: Any = Config, prefix: str = "") -> list[tuple[str, str, str]]:
-    """(dotted key, default, reason) of every setting; the README's table is these rows."""
+    """(dotted key, default, reason) of every setting; the table in dataset/README.md is these rows."""
     table = []
     for f in dataclasses.fields(kind):
         default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
-        key = prefix + yaml_key(f)
+        key = prefix + _yaml_key(f)
         if dataclasses.is_dataclass(default):
             table += rows(type(default), key + ".")
         elif f.metadata:
-            shown = str(default.relative_to(ROOT)) if isinstance(default, Path) else _flow(to_dict(default))
+            shown = str(default.relative_to(ROOT)) if isinstance(default, Path) else _on_one_line(to_dict(default))
             table.append((key, shown, f.metadata["reason"]))
         if f.name == "state":
             table += [(f"{key}[].topic", "", "the topic's name")] + rows(Signal, f"{key}[].")
     return table
 
 
-def _flow(value: Any) -> str:
+def _on_one_line(value: Any) -> str:
     return yaml.safe_dump(value, default_flow_style=True, width=10_000, sort_keys=False).removesuffix("\n...\n").strip()
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML that refuses a duplicate key: PyYAML silently keeps the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"duplicate key {key!r}", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def _yaml_key(f: dataclasses.Field[Any]) -> str:
+    return f.name.rstrip("_")  # `from_` and `as_`: keywords of Python
+
+
+def _hints(kind: type) -> dict[str, Any]:
+    hints = typing.get_type_hints(kind)
+    return {_yaml_key(f): hints[f.name] for f in dataclasses.fields(kind)}
+
+
+def _make_paths_absolute(tree: Any, kind: type, folder: Path) -> None:
+    """Make the relative paths in a tree absolute, in place."""
+    for key, hint in _hints(kind).items():
+        value = tree.get(key) if isinstance(tree, dict) else None
+        if dataclasses.is_dataclass(hint):
+            _make_paths_absolute(value, typing.cast(type, hint), folder)
+            continue
+        if not isinstance(value, str) or not value or "\0" in value or Path not in (hint, *typing.get_args(hint)):
+            continue
+        if not (BlobUrl in typing.get_args(hint) and is_url(value)):
+            tree[key] = str((folder / os.path.expanduser(value)).resolve())  # noqa: PTH111 -- Path's raises
+
+
 def _merge(tree: dict[str, Any], branch: Mapping[str, Any], key: str = "") -> None:
-    """Lay a branch over a tree; a mapping of free names (cameras, max_age_ms) is replaced, not merged."""
+    """Merge a branch into a tree, in place; a mapping of free names (cameras, max_age_ms) is replaced."""
     for name, value in branch.items():
-        dotted = f"{key}{name}"
-        if (
-            isinstance(value, dict)
-            and isinstance(tree.get(name), dict)
-            and dotted in ("data", "model", "training", "data.action")
-        ):
-            _merge(tree[name], value, f"{dotted}.")
+        merges = f"{key}{name}" in ("data", "model", "training", "data.action")
+        if merges and isinstance(value, dict) and isinstance(tree.get(name), dict):
+            _merge(tree[name], value, f"{key}{name}.")
         else:
             tree[name] = value
 
 
-def _check_together(config: Config, faults: list[str]) -> None:
-    """What no single key can tell."""
-    data, model = config.data, config.model
+def _build(kind: type, tree: Any, key: str, faults: list[str]) -> Any:
+    """The dataclass `kind` from a tree; None if there are faults, which are appended."""
+    if not isinstance(tree, dict):
+        faults.append(f"{key.rstrip('.')}: expected a mapping, found {tree!r}")
+        return None
+    hints, values = _hints(kind), {}
+    for name in tree:
+        if name not in hints:
+            near = difflib.get_close_matches(str(name), hints, n=1, cutoff=0.5)
+            advice = f"did you mean {key}{near[0]}?" if near else f"known keys: {', '.join(hints)}"
+            faults.append(f"{key}{name}: unknown key (value {tree[name]!r}); {advice}")
+    for f in dataclasses.fields(kind):
+        name = _yaml_key(f)
+        if name in tree:
+            values[f.name] = _value(hints[name], tree[name], key + name, f.metadata, faults)
+        elif f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
+            faults.append(f"{key}{name}: missing")
+    return kind(**values) if not faults else None
+
+
+def _value(hint: Any, value: Any, key: str, bounds: Mapping[str, Any], faults: list[str]) -> Any:
+    """`value` as the type `hint` within its bounds; faults are appended."""
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        return _build(typing.cast(type, hint), value, key + ".", faults)
+    if value is None and type(None) in inner:
+        return None
+    if BlobUrl in inner and isinstance(value, str) and is_url(value):
+        try:
+            return BlobUrl(value)
+        except Fault as fault:
+            faults += fault.at(key).args
+            return value
+    if origin in (typing.Union, types.UnionType):  # a word or a list; a path, where it is no URL
+        return _value(inner[1 if isinstance(value, list) else 0], value, key, bounds, faults)
+    if origin is Literal:
+        if value not in inner:
+            faults.append(f"{key}: expected {' or '.join(map(str, inner))}, found {value!r}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, list) or (inner[-1] is not ... and len(value) != len(inner)):
+            length = "" if inner[-1] is ... else f" of {len(inner)}"
+            faults.append(f"{key}: expected a list{length}, found {value!r}")
+            return value
+        return tuple(_value(inner[0], item, f"{key}[{i}]", bounds, faults) for i, item in enumerate(value))
+    if origin is dict:
+        if not isinstance(value, dict):
+            faults.append(f"{key}: expected a mapping of names, found {value!r}")
+            return value
+        return {
+            _value(str, name, f"{key} (a name)", {}, faults): _value(inner[1], item, f"{key}.{name}", bounds, faults)
+            for name, item in value.items()
+        }
+    return _scalar(hint, value, key, bounds, faults)
+
+
+def _scalar(hint: Any, value: Any, key: str, bounds: Mapping[str, Any], faults: list[str]) -> Any:
+    if hint is float and isinstance(value, str) and re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+", value):
+        value = float(value)  # YAML 1.1 reads 1e-5 as a string
+    if hint is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63:
+        value = float(value)
+    expected = {int: "an integer", float: "a number", bool: "true or false", str: "a text", Path: "a path"}[hint]
+    if not isinstance(value, str if hint is Path else hint) or (hint is int and isinstance(value, bool)) or value == "":
+        faults.append(f"{key}: expected {expected}, found {value!r}")
+        return value
+    if hint is Path and "\0" in value:
+        faults.append(f"{key}: expected a path, found a zero byte in it: {value!r}")
+    if isinstance(value, float) and not math.isfinite(value):
+        faults.append(f"{key}: expected a finite number, found {value}")
+    least, above, below = (bounds.get(name) for name in ("least", "above", "below"))
+    limits = [("at least", least, lambda x: x >= least), ("above", above, lambda x: x > above)]
+    limits.append(("below", below, lambda x: x < below))
+    given = [(word, limit, holds) for word, limit, holds in limits if limit is not None]
+    if not all(holds(value) for _, _, holds in given):
+        faults.append(f"{key}: expected {' and '.join(f'{word} {limit:g}' for word, limit, _ in given)}, found {value}")
+    return Path(value) if hint is Path else value
+
+
+def _contradictions(config: Config) -> Iterator[str]:
+    """Faults that no single key shows."""
+    data, model, commands = config.data, config.model, config.data.commands
     if model.dim_model % model.n_heads:
-        faults.append(f"model.n_heads: {model.n_heads} heads do not divide model.dim_model = {model.dim_model}")
+        yield f"model.n_heads: {model.n_heads} does not divide model.dim_model = {model.dim_model}"
     if model.dim_model % 4:
-        faults.append(f"model.dim_model: expected a multiple of 4 (two sine and cosine pairs), found {model.dim_model}")
+        yield f"model.dim_model: expected a multiple of 4 (two sine and cosine pairs), found {model.dim_model}"
     if model.n_action_steps > model.chunk_size:
-        faults.append(
-            f"model.n_action_steps: {model.n_action_steps} is more than model.chunk_size = {model.chunk_size}"
-        )
+        yield f"model.n_action_steps: {model.n_action_steps} is more than model.chunk_size = {model.chunk_size}"
     if not data.state:
-        faults.append("data.state: expected at least one entry, such as {topic: /joint_states, joints: [...]}")
-    commands = data.commands
+        yield "data.state: expected at least one entry, such as {topic: /joint_states, joints: [...]}"
     if not commands and data.action.from_ != "next_state":
-        faults.append("data.action.from: expected next_state or at least one entry, such as {topic: /command}")
+        yield "data.action.from: expected next_state or at least one entry, such as {topic: /command}"
     for key, signals in (("data.state", data.state), ("data.action.from", commands)):
         for i, signal in enumerate(signals):
             if signal.joints and signal.index:
-                faults.append(f"{key}[{i}]: has joints and index; give one of them")
+                yield f"{key}[{i}]: has joints and index; remove one of them"
             for name, chosen in (("joints", signal.joints), ("index", signal.index)):
                 if len(set(chosen)) < len(chosen):
-                    faults.append(f"{key}[{i}].{name}: something stands twice in {list(chosen)}")
+                    yield f"{key}[{i}].{name}: has a duplicate: {list(chosen)}"
     for name in data.cameras:
         if not re.fullmatch(r"[A-Za-z0-9_]+", name):
-            faults.append(f"data.cameras.{name}: a camera's name is made of letters, digits and _")
+            yield f"data.cameras.{name}: expected a name of letters, digits and _"
     if len(set(data.cameras.values())) < len(data.cameras):
-        faults.append(f"data.cameras: two cameras share a topic: {data.cameras}")
+        yield f"data.cameras: two cameras share a topic: {data.cameras}"
     topics = {*data.cameras.values(), *(signal.topic for signal in (*data.state, *commands))}
     for topic in data.max_age_ms:
         if topic not in topics:
-            faults.append(
-                f"data.max_age_ms.{topic}: no camera, state or action has this topic; known: {', '.join(sorted(topics))}"
-            )
+            known = ", ".join(sorted(topics))
+            yield f"data.max_age_ms.{topic}: no camera, state or action uses this topic; known: {known}"
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", config.training.device):
-        faults.append(f"training.device: expected auto, cpu, cuda or cuda:N, found {config.training.device!r}")
+        yield f"training.device: expected auto, cpu, cuda or cuda:N, found {config.training.device!r}"
 
 
 if __name__ == "__main__":

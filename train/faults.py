@@ -9,8 +9,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-LEFT_OUT = 3  # done, faulty recordings skipped
-AGAIN = 75  # EX_TEMPFAIL of sysexits.h: interrupted, run the same command again
+SKIPPED = 3  # done, but skipped recordings with faults
+AGAIN = 75  # EX_TEMPFAIL of sysexits.h: run the same command again to resume
 # a SAS signature, an account's key, the password of a URL: no message repeats them
 SECRETS = re.compile(r"(?i)(?<=\bsig=)[^&;\s'\"]+|(?<=\bAccountKey=)[^;\s'\"]+|(?<=://)[^/@\s]+(?=@)")
 

@@ -1,12 +1,12 @@
-"""Say of every recording what is in it, and whether it can be trained on, before a GPU hour is spent.
+"""Print what each recording contains, and whether it can be trained on, before a GPU hour is spent.
 
     python train/inspect_bags.py                        # every recording of train/config.yaml
     python train/inspect_bags.py --config my.yaml data.fps=15
-    python train/inspect_bags.py PATH...                # any recording, without a configuration; a URL of Azure Blob, too
+    python train/inspect_bags.py PATH...                # any recordings, without a configuration; also a URL of Azure Blob
     python train/inspect_bags.py PATH --propose > my.yaml
-    python train/inspect_bags.py --html report.html     # to look at;  --json: one document for other programs
+    python train/inspect_bags.py --html report.html     # a page;  --json: one document for other programs
 
-Ends with 0 when all can be trained on, 1 when one cannot.
+Exit codes: 0 all can be trained on; 1 some cannot.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
-from blob_url import BlobUrl, is_url
-from config import Config, Data, load
+from config import BlobUrl, Config, Data, is_url, load
 from faults import Fault, exit_with_message
 from files import write_whole
+from inspection.propose import propose
+from inspection.report import page
 from inspection.topics import SECOND, Spread, Topic
 from inspection.verdict import BAD, GOOD, USABLE, Inspection, inspect
 from recordings.azure_blob import local_folder
@@ -36,140 +36,127 @@ from recordings.bags import Bag, find_bags
 
 COLUMNS = 100
 HEAD = (
-    ("topic", "type", "messages", "Hz", "slowest", "largest", "when", "header", "minus", "receive"),
+    ("topic", "type", "messages", "Hz", "slowest", "largest", "at", "header", "minus", "receive"),
     ("", "", "", "median", "second", "gap", "s", "median", "95 %", "most, ms"),
 )
 
 
-def table(found: Inspection, config: Config | None) -> str:
-    """All of a recording, 100 columns wide."""
-    files = f"{len(found.files)} files" if len(found.files) > 1 else next(iter(found.files)).rsplit("/", 1)[-1]
-    began = datetime.fromtimestamp(found.start_ns // SECOND, UTC).strftime("; %Y-%m-%d %H:%M:%S UTC")
-    size = sum(found.files.values()) / 1e6
-    lines = [
-        found.name,
-        *_wrapped(f"{files}; {size:.1f} MB; {found.seconds:.1f} s{began}; checksums: {found.checksums}"),
-    ]
-    spoken = [topic for topic in found.topics.values() if topic.read or topic.stored or topic.declared]
-    if spoken:
-        lines += _columns([*HEAD, *map(_row, spoken)])
-    if silent := [topic.name for topic in found.topics.values() if topic not in spoken]:
-        lines += _wrapped(f"without a message: {', '.join(silent)}")
-    for topic in spoken:
-        lines += _more_lines(topic)
-    if config:
-        lines += _alignment_lines(found, config)
-    for word, texts in (("note", found.notes), ("warning", found.warnings), ("error", found.faults)):
-        lines += [line for text in texts for line in _wrapped(f"{word}: {text}")]
-    return "\n".join([*lines, f"  verdict: {found.verdict}"])
+def table(one: Inspection, config: Config | None) -> str:
+    """A recording, at most 100 columns wide."""
+    files = f"{len(one.files)} files" if len(one.files) > 1 else next(iter(one.files)).rsplit("/", 1)[-1]
+    started = datetime.fromtimestamp(one.start_ns // SECOND, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+    size = sum(one.files.values()) / 1e6
+    lines = [one.name, f"{files}; {size:.1f} MB; {one.seconds:.1f} s; {started}; checksums: {one.checksums}"]
+    shown = [topic for topic in one.topics.values() if topic.read or topic.declared]
+    lines += _columns([*HEAD, *map(_row, shown)]) if shown else []
+    if silent := [topic.name for topic in one.topics.values() if topic not in shown]:
+        lines.append(f"without messages: {', '.join(silent)}")
+    lines += [line for topic in shown for line in _details(topic)]
+    lines += _alignment(one, config) if config else []
+    for word, texts in (("note", one.notes), ("warning", one.warnings), ("error", one.faults)):
+        lines += [f"{word}: {text}" for text in texts]
+    wrapped = [lines[0], *(row for line in [*lines[1:], f"verdict: {one.verdict}"] for row in _wrapped(line))]
+    return "\n".join(wrapped)
 
 
-def _wrapped(text: str) -> list[str]:
-    return textwrap.wrap(text, COLUMNS, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False)
+def _wrapped(line: str) -> list[str]:
+    if len(line) <= COLUMNS - 2:
+        return [f"  {line}"]  # with its columns
+    return textwrap.wrap(line, COLUMNS, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False)
 
 
 def _columns(rows: list[tuple[str, ...]]) -> Iterator[str]:
-    """Rows as lines: texts to the left, figures to the right; a name too long for its column has a line of its own."""
+    """Rows as lines: texts left, numbers right; a name too long for its column gets a line of its own."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     widths[1] = min(widths[1], 18)
     widths[0] = min(widths[0], COLUMNS - 2 - sum(widths[1:]) - len(widths[1:]))
-    for name, kind, *figures in rows:
+    for name, kind, *numbers in rows:
         if len(name) > widths[0]:
-            yield f"  {name}"
+            yield name
             name = ""
-        cells = [figure.rjust(width) for figure, width in zip(figures, widths[2:], strict=True)]
-        yield f"  {name:{widths[0]}} {kind[: widths[1]]:{widths[1]}} {' '.join(cells)}".rstrip()
+        cells = [number.rjust(width) for number, width in zip(numbers, widths[2:], strict=True)]
+        yield f"{name:{widths[0]}} {kind[: widths[1]]:{widths[1]}} {' '.join(cells)}".rstrip()
 
 
 def _row(topic: Topic) -> tuple[str, ...]:
-    """A topic's line of the table, as HEAD says."""
-    count = f"{topic.read}"
-    if topic.read != topic.stored:
-        count = f"{topic.read}/{topic.stored}"
-    elif topic.declared is not None and topic.read != topic.declared:
-        count = f"{topic.read}/{topic.declared}"
+    """A topic's row under HEAD."""
     gap, late = topic.largest_gap, topic.header_minus_receive_ms
+    counts = dict.fromkeys([f"{topic.read}", f"{topic.read if topic.declared is None else topic.declared}"])
     return (
         topic.name,
         "+".join(name.split("/")[-1] for name in topic.types) or "-",
-        count,
+        "/".join(counts),
         _number(topic.rate_hz),
         _number(topic.slowest_second_hz),
-        _time(gap.seconds) if gap else "-",
+        (f"{gap.seconds * 1e3:.0f} ms" if gap.seconds < 1 else f"{gap.seconds:.1f} s") if gap else "-",
         _number(gap.at_s) if gap else "-",
         *(map(_number, late) if late else "---"),
     )
 
 
-def _more_lines(topic: Topic) -> Iterator[str]:
-    """What the table has no column for: stamps that cannot be trusted, joints and pictures."""
+def _details(topic: Topic) -> Iterator[str]:
+    """What the table has no column for: distrusted stamps, pictures, joints."""
     if topic.header_minus_receive_ms and topic.clock != "header":
-        yield from _wrapped(f"{topic.name}: by {topic.clock}")
+        yield f"{topic.name}: by {topic.clock}"
     if topic.not_understood:
-        yield f"  {topic.name}: counted only, its type has no definition here that fits"
-    if topic.pictures:
-        kinds = ", ".join(f"{count} x {kind}" for kind, count in topic.pictures.kinds.items())
-        looked = (
-            f", {topic.pictures.black} black of {topic.pictures.looked_at} looked at"
-            if topic.pictures.looked_at
-            else ""
-        )
-        yield from _wrapped(f"{topic.name}: {kinds}; {len(topic.pictures.frozen)} frozen{looked}")
+        yield f"{topic.name}: counted only, the bag has no definition of its type"
+    if pictures := topic.pictures:
+        kinds = ", ".join(f"{count} x {kind}" for kind, count in pictures.kinds.items())
+        black = f", {pictures.black} black of {pictures.looked_at} checked" if pictures.looked_at else ""
+        yield f"{topic.name}: {kinds}; {len(pictures.frozen)} frozen{black}"
     if topic.joints:
-        yield f"  {topic.name + ': joint':46}{'least':>12}{'greatest':>12}{'fastest, per s':>22}"
-        for joint in topic.joints:
-            fastest = f"{joint.fastest:.3f} at {joint.fastest_at_s:.1f} s"
-            yield f"    {joint.name:44}{joint.least:>12.4f}{joint.greatest:>12.4f}{fastest:>22}"
+        yield f"{topic.name + ': joint':46}{'least':>12}{'greatest':>12}{'fastest, per s':>22}"
+    for joint in topic.joints:
+        fastest = f"{joint.fastest:.3f} at {joint.fastest_at_s:.1f} s"
+        yield f"  {joint.name:44}{joint.least:>12.4f}{joint.greatest:>12.4f}{fastest:>22}"
 
 
-def _alignment_lines(found: Inspection, config: Config) -> Iterator[str]:
-    if found.overlap_s:
-        begin, end = found.overlap_s
-        yield f"  all topics of the configuration: t+{begin:.2f} to t+{end:.2f} s"
-    if found.recording is None:
-        return
-    lengths = [len(episode.ticks) for episode in found.recording.episodes]
-    yield f"  {len(lengths)} episodes, {sum(lengths)} ticks at {config.data.fps:g} Hz, the shortest {min(lengths)}, the longest {max(lengths)}"
-    for camera, spread in found.state_minus_image_ms.items():
-        yield f"  state minus picture of {camera}: {_spread(spread)}"
-    for topic, spread in found.state_minus_command_ms.items():
-        yield f"  state minus command {topic}: {_spread(spread)}"
-    if found.lag:
-        yield f"  the state follows the command {found.lag.seconds * 1e3:.0f} ms later (this explains {found.lag.explained:.0%} of its motion)"
-    if found.idle_s:
-        yield f"  idle: {found.idle_s[0]:.1f} s before the first motion, {found.idle_s[1]:.1f} s after the last"
+def _alignment(one: Inspection, config: Config) -> Iterator[str]:
+    """How the configured topics fit together in time."""
+    if one.overlap_s:
+        yield f"all topics of the configuration: t+{one.overlap_s[0]:.2f} to t+{one.overlap_s[1]:.2f} s"
+    if ticks := [ticks for _, ticks in one.episodes()]:
+        yield (
+            f"{len(ticks)} episodes, {sum(ticks)} ticks at {config.data.fps:g} Hz, shortest {min(ticks)}, longest {max(ticks)}"
+        )
+    spreads = {f"picture of {camera}": spread for camera, spread in one.state_minus_image_ms.items()}
+    spreads |= {f"command {topic}": spread for topic, spread in one.state_minus_command_ms.items()}
+    for what, spread in spreads.items():
+        yield f"state minus {what}: {_spread(spread)}"
+    if one.lag:
+        share = f"{one.lag.explained:.0%} of its motion"
+        yield f"the state follows the command {one.lag.seconds * 1e3:.0f} ms later (explains {share})"
+    if one.idle_s:
+        yield f"idle: {one.idle_s[0]:.1f} s before the first motion, {one.idle_s[1]:.1f} s after the last"
 
 
 def _spread(spread: Spread) -> str:
-    return f"median {_number(spread.median)}, 95 % within {_number(spread.percentile_95)}, all within {_number(spread.greatest)} ms"
+    middle, wide, all_ = map(_number, spread)
+    return f"median {middle}, 95 % within {wide}, all within {all_} ms"
 
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.1f}" if abs(value) < 1e4 else f"{value:.1e}".replace("e+0", "e")
 
 
-def _time(seconds: float) -> str:
-    return f"{seconds * 1e3:.0f} ms" if seconds < 1 else f"{seconds:.1f} s"
-
-
-def closing(verdicts: Counter[str], faults: int, configured: bool) -> str:
-    """How many recordings there are of each verdict, and what to do next."""
+def summary(verdicts: Counter[str], faults: int, configured: bool) -> str:
+    """How many recordings have each verdict, and what to do next."""
     counts = [f"{verdicts[word]} {word}" for word in (GOOD, USABLE, BAD) if verdicts[word]]
-    counts += [f"{faults} with a fault that keeps it from being looked into"] if faults else []
+    counts += [f"{faults} unreadable"] if faults else []
     if verdicts[BAD] or faults:
-        todo = "mend what stands behind `error:`, or move those recordings away"
+        todo = "fix the lines marked `error:`, or remove those recordings"
     elif not configured:
         todo = "`--propose` prints a configuration for them"
     elif verdicts[USABLE]:
-        todo = "look at what stands behind `warning:`, then `python train/train.py --dry-run`"
+        todo = "read the lines marked `warning:`, then run `python train/train.py --dry-run`"
     else:
-        todo = "`python train/train.py --dry-run` reads them for training"
+        todo = "run `python train/train.py --dry-run`"
     return f"{sum(verdicts.values()) + faults} recordings: {', '.join(counts)}; {todo}"
 
 
-def _bags(arguments: argparse.Namespace) -> tuple[Config | None, list[str], list[Bag], list[str]]:
-    """The configuration, if one is wanted; where recordings are; these; the faults of those that cannot be told."""
-    # Path.exists fails on a long setting
+def _find(arguments: argparse.Namespace) -> tuple[Config | None, list[str], list[Bag], list[str]]:
+    """The configuration, if one is wanted; the places of the recordings; these; the faults of unreadable ones."""
+    # Path.exists raises for a long setting
     paths = [item for item in arguments.what if "=" not in item or is_url(item) or os.path.exists(item)]  # noqa: PTH110
     overrides = [item for item in arguments.what if item not in paths]
     config = None
@@ -182,57 +169,46 @@ def _bags(arguments: argparse.Namespace) -> tuple[Config | None, list[str], list
     for place in places:
         try:
             folder = local_folder(BlobUrl(place) if is_url(place) else Path(place), data.cache_dir)
-            some, unread = find_bags(folder)
-            bags, faults = bags + some, faults + unread
+            found, broken = find_bags(folder)
+            bags, faults = bags + found, faults + broken
         except Fault as fault:
-            faults += [line.removeprefix("data.bag_dir: ") if paths else line for line in map(str, fault.args)]
+            faults += [line.removeprefix("data.bag_dir: ") if paths else line for line in fault.args]
     return config, places, bags, faults
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*", metavar="PATH | key=value", help="recordings or folders of them; settings")
-    parser.add_argument(
-        "--config", type=Path, metavar="FILE", help="by default train/config.yaml, where no PATH is given"
-    )
-    parser.add_argument("--json", action="store_true", help="one JSON document in place of the tables")
-    parser.add_argument("--html", type=Path, metavar="FILE", help="a page to look at, in one file")
-    parser.add_argument("--no-pictures", action="store_true", help="decode none, so that black ones are not found")
+    parser.add_argument("what", nargs="*", metavar="PATH | key=value", help="recordings or their folders; settings")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="default without PATH: train/config.yaml")
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page, in one file")
+    parser.add_argument("--no-pictures", action="store_true", help="decode no pictures: faster, finds no black ones")
     parser.add_argument("--propose", action="store_true", help="print a configuration that fits the recordings")
     arguments = parser.parse_intermixed_args()
     with exit_with_message():
-        if arguments.html and not find_spec("matplotlib"):  # before what may take minutes
-            raise Fault("--html: the page takes matplotlib, which is not installed: pip install matplotlib")
-        config, places, bags, faults = _bags(arguments)
+        if arguments.html and not find_spec("matplotlib"):
+            raise Fault("--html: needs matplotlib: pip install matplotlib")
+        config, places, bags, faults = _find(arguments)
         if not bags or (arguments.propose and faults):
             raise Fault(*faults)
-        if arguments.propose and len(places) > 1:
-            raise Fault(
-                f"--propose: {len(places)} places; data.bag_dir is one: give the folder that holds the recordings, no more"
-            )
         if arguments.propose:
-            from inspection.propose import propose  # only here
-
+            if len(places) > 1:
+                raise Fault(
+                    f"--propose: {len(places)} places; expected one folder with all recordings, for data.bag_dir"
+                )
             print(propose(bags, places[0]), end="")
             return
-        verdicts: Counter[str] = Counter()
-        trees: list[dict[str, Any]] = []
-        all_found: list[Inspection] = []
+        inspections = []
         for bag in tqdm(bags, desc="inspecting", unit="bag", disable=not (arguments.json or arguments.html)):
-            found = inspect(bag, config, not arguments.no_pictures)
-            verdicts[found.verdict] += 1
-            if arguments.json:
-                trees.append(found.to_json())
-            else:
-                print(table(found, config), end="\n\n", flush=True)
-            if arguments.html:
-                all_found.append(found)
+            inspections.append(inspect(bag, config, not arguments.no_pictures))
+            if not arguments.json:
+                print(table(inspections[-1], config), end="\n\n", flush=True)
         if arguments.html:
-            from inspection.report import page  # only here
-
-            write_whole(arguments.html, page(all_found, config, faults))
-        last = closing(verdicts, len(faults), config is not None)
+            write_whole(arguments.html, page(inspections, config, faults))
+        verdicts = Counter(one.verdict for one in inspections)
+        last = summary(verdicts, len(faults), config is not None)
         if arguments.json:
+            trees = [one.to_json() for one in inspections]
             print(json.dumps({"recordings": trees, "faults": faults, "summary": last}, indent=1, allow_nan=False))
         else:
             print("\n".join([*(f"error: {fault}" for fault in faults), *textwrap.wrap(last, COLUMNS)]))

@@ -1,4 +1,4 @@
-"""The look of our pages: the page around its parts, cards, a table, a figure as a chart or a picture, the unit and the colours."""
+"""The look of both reports: a page in one HTML file, cards, tables, charts, pictures. Imports no room."""
 
 from __future__ import annotations
 
@@ -38,37 +38,45 @@ table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nu
 th, td { padding: .25rem .5rem; text-align: right; border-top: 1px solid #e5e7eb; vertical-align: bottom }
 thead th { border: 0; color: #4b5563; font-weight: 600 }
 th:first-child { text-align: left }
-.policy { color: #1d4ed8; font-weight: 600 }
+td.policy { color: #1d4ed8; font-weight: 600 }
 @media (max-width: 800px) {
   thead { display: none } table, tbody { display: block }
   tr { display: grid; grid-template-columns: 1fr 1fr; border-top: 1px solid #e5e7eb; padding: .4rem 0 }
   tr th { grid-column: 1 / -1 } th, td { border: 0; text-align: left; padding: .1rem 0 }
   td::before { content: attr(data-of); display: block; color: #6b7280; font-size: .75rem; font-weight: 400 }
 }
-$style</style></head><body>
+.bad { color: #b91c1c } .usable { color: #b45309 } .good { color: #15803d } .text { text-align: left }
+ul { margin: .2rem 0 .8rem; padding-left: 1.2rem } small { display: block; color: #6b7280; font-size: .8rem }
+</style></head><body>
+<h1>$title</h1>
 $body
 </body></html>
 """)
 
 
+def document(title: str, parts: Iterable[str]) -> str:
+    """The page: a title, which is escaped, and parts that are HTML."""
+    return PAGE.substitute(title=escape(title), body="\n".join(parts))
+
+
 def section(title: str, text: str, figures: Iterable[str], before: str = "") -> str:
-    """A part of the page: title and text, which are escaped, then what is HTML already: `before`, and a grid of figures."""
+    """A section: title and text, which are escaped; then HTML: `before`, and a grid of figures."""
     grid = "".join(figures)
     grid = f'<div class="figures">{grid}</div>' if grid else ""
-    said = f"<p>{escape(text)}</p>" if text else ""
-    return f"<section><h2>{escape(title)}</h2>{said}{before}{grid}</section>"
+    paragraph = f"<p>{escape(text)}</p>" if text else ""
+    return f"<section><h2>{escape(title)}</h2>{paragraph}{before}{grid}</section>"
 
 
 def cards(shown: Mapping[str, str]) -> str:
-    """The figures that count, large, each above what it is of; both are escaped."""
+    """Key figures, large, above their captions: {caption: figure}; both are escaped."""
     each = "".join(f'<div class="card"><b>{escape(figure)}</b>{escape(text)}</div>' for text, figure in shown.items())
     return f'<div class="cards">{each}</div>'
 
 
 def table(headings: Mapping[str, str], rows: Iterable[tuple[str, Sequence[str]]]) -> str:
-    """Rows of a name and a cell (HTML) below each heading, which is escaped and stands under its class for the style.
+    """A table: headings {class: text}, which are escaped; rows of a name and its cells, which are HTML.
 
-    A narrow window shows each row as a card with the headings beside the cells.
+    A narrow window shows each row as a card.
     """
     body = ""
     for name, values in rows:
@@ -81,7 +89,7 @@ def table(headings: Mapping[str, str], rows: Iterable[tuple[str, Sequence[str]]]
 
 
 def chart(draw: Callable[[Any], None], caption: str) -> str:
-    """A figure with one plot, drawn to be read at 300 to 600 pixels."""
+    """A figure with one plot, legible at 300 to 600 pixels."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -94,7 +102,7 @@ def chart(draw: Callable[[Any], None], caption: str) -> str:
         labels = axis.get_legend_handles_labels()[1]
         columns = 3 if max(map(len, labels), default=0) <= 20 else 2
         drawing.set_size_inches(4.6, 2.8 + 0.17 * -(-len(labels) // columns))
-        if labels:  # outside, so that it hides nothing
+        if labels:  # outside the plot
             drawing.legend(loc="outside upper left", ncols=columns, fontsize=8, frameon=False)
         drawing.savefig(content, format="svg", metadata={"Date": None})
     return _figure("svg+xml", content.getvalue(), caption)
@@ -107,5 +115,5 @@ def picture(pixels: np.ndarray, caption: str) -> str:
 
 
 def _figure(kind: str, content: bytes, caption: str) -> str:
-    source, said = f"data:image/{kind};base64,{base64.b64encode(content).decode()}", escape(caption)
-    return f'<figure><img src="{source}" alt="{said}"><figcaption>{said}</figcaption></figure>'
+    source, caption = f"data:image/{kind};base64,{base64.b64encode(content).decode()}", escape(caption)
+    return f'<figure><img src="{source}" alt="{caption}"><figcaption>{caption}</figcaption></figure>'

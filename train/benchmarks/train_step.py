@@ -3,9 +3,9 @@
 python benchmarks/train_step.py            all sizes, ten rounds each
 python benchmarks/train_step.py 20         twenty rounds
 
-Ours is the whole step of train.py, from uint8 images on. LeRobot's is ACTPolicy.forward, backward, clipping and
-its own optimizer; its images come as normalised floats, at no cost to it. Each time is the best of its rounds, for
-a shared machine only ever adds to a time; the ratio is to LeRobot in fp32, its default.
+Ours is train.py's training_step, from uint8 images on. LeRobot's is ACTPolicy.forward, backward, clipping and its own
+optimizer; its images are normalized floats, prepared in advance. Each time is the best of its rounds, because a shared
+machine only adds to a time; the ratio is to LeRobot in fp32, its default.
 """
 
 from __future__ import annotations
@@ -14,15 +14,20 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 
 sys.path.extend(str(Path(__file__).parents[1] / folder) for folder in ("", "tests"))
 from lerobot_side import ACTConfig, ACTPolicy, FeatureType, PolicyFeature
 
-from act_model import ACT, act_loss
-from config import Model, Training
+import train
+from act_model import ACT
+from config import Config, Model, Training
+from dataset.batches import Batch
 from dataset.normalize import Moments, Normalizer, imagenet
+from policy.pretrained import matmul_precision
+from training.run import Run
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BATCH, STATE, ACTION = 8, 14, 14
@@ -48,8 +53,8 @@ def main() -> None:
         for _ in range(rounds):
             for bf16 in (False, True):
                 for step in (theirs, ours):
-                    # Our default: on a CPU without AMX still true fp32, but through the faster library.
-                    torch.set_float32_matmul_precision(Training().matmul_precision if step is ours else "highest")
+                    precision = matmul_precision(torch.device(DEVICE)) if step is ours else "highest"
+                    torch.set_float32_matmul_precision(precision)
                     best[step, bf16] = min(best.get((step, bf16), float("inf")), seconds(step, bf16))
         for bf16 in (False, True):
             print(
@@ -60,31 +65,27 @@ def main() -> None:
 
 
 def our_step(batch: dict[str, torch.Tensor]) -> Step:
-    """A step as train.py makes it."""
-    config = Model()
-    model = ACT(config, STATE, ACTION, batch["images"].shape[1])
+    """A step of train.py."""
+    model = ACT(Model(), STATE, ACTION, batch["images"].shape[1])
     model.to(DEVICE, memory_format=torch.channels_last).train()  # type: ignore[call-overload]  # its stubs lack it
     backbone = list(model.backbone.parameters())
     others = [p for name, p in model.named_parameters() if not name.startswith("backbone.")]
     optimizer = torch.optim.AdamW([{"params": others}, {"params": backbone}], lr=1e-5, weight_decay=1e-4, fused=True)
-    normalizer = normalizer_of(batch)
+    normalizer, nothing = normalizer_of(batch), cast(Any, None)
+    runs = {
+        bf16: Run(Config(training=Training(precision="bf16" if bf16 else "fp32")), nothing, torch.device(DEVICE))
+        for bf16 in (False, True)
+    }
+    samples = Batch(batch["state"], batch["images"], batch["action"], batch["action_is_pad"])
 
     def step(bf16: bool) -> None:
-        state, action = normalizer.state.normalize(batch["state"]), normalizer.action.normalize(batch["action"])
-        images = normalizer.images(batch["images"])
-        with torch.autocast(DEVICE, torch.bfloat16, enabled=bf16):
-            output = model(state, images, action, batch["action_is_pad"])
-        loss, _, _ = act_loss(output, action, batch["action_is_pad"], config.kl_weight)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 10.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        train.training_step(model, optimizer, normalizer, samples, runs[bf16])
 
     return step
 
 
 def lerobot_step(batch: dict[str, torch.Tensor]) -> Step:
-    """LeRobot's step, on float images that are normalised beforehand."""
+    """LeRobot's step, on normalized float images."""
     images = normalizer_of(batch).images(batch["images"])
     assert images is not None
     cameras = {f"observation.images.{i}": image.contiguous() for i, image in enumerate(images.unbind(1))}
@@ -118,7 +119,7 @@ def lerobot_step(batch: dict[str, torch.Tensor]) -> Step:
 
 
 def normalizer_of(batch: dict[str, torch.Tensor]) -> Normalizer:
-    """ImageNet's statistics for each camera; state and action are normal already."""
+    """ImageNet's statistics for each camera; state and action need none."""
     state, action = (Moments(torch.zeros(n), torch.ones(n)) for n in (STATE, ACTION))
     cameras = {str(i): imagenet() for i in range(batch["images"].shape[1])}
     return Normalizer(state, action, cameras).to(torch.device(DEVICE))

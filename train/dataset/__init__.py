@@ -1,1 +1,1 @@
-"""Episodes to batches: the cache on disk, batches of chunks, normalisation, augmentation. Imports recordings."""
+"""Episodes to batches: cache, batches of action chunks, normalization, augmentation. May import the ground and recordings."""

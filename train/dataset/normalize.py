@@ -1,6 +1,6 @@
-"""Mean and standard deviation, applied on the device: LeRobot's MEAN_STD, forwards (x - mean) / (std + 1e-8), back x * std + mean.
+"""Normalization on the device, as LeRobot's MEAN_STD: (x - mean) / (std + 1e-8), and back x * std + mean.
 
-State and action by the training recordings; pictures by ImageNet's statistics, which the pretrained backbone expects.
+State and action use the training recordings' statistics; pictures use ImageNet's, which the pretrained backbone expects.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 EPS = 1e-8
-STD_FLOOR = 1e-2  # a joint that never moves must not explode (as in the original ACT)
+STD_FLOOR = 1e-2  # a joint that never moves must not explode, as in the original ACT
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class Moments(NamedTuple):
-    """Mean and standard deviation of one feature: (S,), (A,) or, of a camera, (3, 1, 1)."""
+    """Mean and standard deviation of one feature: (S,), (A,) or (3, 1, 1) for a camera."""
 
     mean: Tensor
     std: Tensor
@@ -33,7 +33,7 @@ class Moments(NamedTuple):
 
 
 def moments(rows: np.ndarray) -> Moments:
-    """Of (N, K) numbers, over N; the deviation floored."""
+    """Of rows (N, K), over N; the standard deviation is at least STD_FLOOR."""
     std = rows.std(axis=0, dtype=np.float64).clip(STD_FLOOR)
     return Moments(
         torch.tensor(rows.mean(axis=0, dtype=np.float64), dtype=torch.float32), torch.tensor(std, dtype=torch.float32)
@@ -41,24 +41,25 @@ def moments(rows: np.ndarray) -> Moments:
 
 
 def imagenet() -> Moments:
-    """Of every camera."""
+    """The moments of every camera."""
     return Moments(torch.tensor(IMAGENET_MEAN).view(3, 1, 1), torch.tensor(IMAGENET_STD).view(3, 1, 1))
 
 
 class Normalizer(NamedTuple):
-    """Of all that goes into the network and comes out of it."""
+    """The moments of everything that the network reads and writes."""
 
     state: Moments
     action: Moments
     cameras: dict[str, Moments]  # in the order of the network's input
 
     def to(self, device: torch.device) -> Normalizer:
-        cameras = {name: one.to(device) for name, one in self.cameras.items()}
+        cameras = {name: camera.to(device) for name, camera in self.cameras.items()}
         return Normalizer(self.state.to(device), self.action.to(device), cameras)
 
     def images(self, pixels: Tensor | None) -> Tensor | None:
-        """(B, C, H, W, 3) uint8 as (B, C, 3, H, W) float, normalised; memory stays channels-last. None stays None."""
+        """(B, C, H, W, 3) uint8 as (B, C, 3, H, W) float, normalized, in channels-last memory; None stays None."""
         if pixels is None:
             return None
-        mean, std = (torch.stack([one[i].view(3) for one in self.cameras.values()])[:, None, None] for i in (0, 1))
+        mean = torch.stack([camera.mean.view(3) for camera in self.cameras.values()])[:, None, None]
+        std = torch.stack([camera.std.view(3) for camera in self.cameras.values()])[:, None, None]
         return pixels.float().sub_(mean * 255).div_((std + EPS) * 255).permute(0, 1, 4, 2, 3)

@@ -1,1 +1,1 @@
-"""Is a policy good? Errors on recordings, closed loop, page. Imports dataset, policy and page."""
+"""Is a policy good? Errors on held-out recordings, a page, the demo arm in closed loop. May import all rooms above."""

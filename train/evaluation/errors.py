@@ -1,4 +1,4 @@
-"""The errors of a policy on recordings, beside those of doing nothing clever and of the same policy without its eyes."""
+"""The errors of a policy on recordings, beside those of simple baselines and of the same policy without its cameras."""
 
 from __future__ import annotations
 
@@ -13,46 +13,45 @@ from config import Config
 from dataset.batches import Batch, Split
 from faults import Fault
 from page import UNIT
-from policy.runner import Policy
+from policy.pretrained import Pretrained
 
 SAMPLES = 1024  # spread evenly over the ticks
 BATCH = 32
 METHODS = {
     "policy": "policy",
     "holding_still": "holding still",
-    "last_action": "copying last action",
-    "mean_action": "mean action repeated",
+    "last_action": "last action",
+    "mean_action": "mean action",
     "camera_blanked": "camera blanked",
     "camera_of_another": "camera of another",
 }  # in words
-LATENCIES, LATENCY_S = 100, 10.0  # as many times, or as long
+LATENCIES, LATENCY_S = 100, 10.0  # at most so many measurements, and so long
 
 
 class Judgement(NamedTuple):
     """What a policy does at N ticks of recordings, T ticks ahead, with A actions."""
 
-    policy: Policy
+    policy: Pretrained
     config: Config
-    split: Split  # that it was judged by
+    split: Split  # judged by
     ticks: np.ndarray  # (N,) of the split
-    errors: dict[str, np.ndarray]  # by METHODS: (N, T, A) absolute, in the robot's units, NaN beyond an episode's end
+    errors: dict[str, np.ndarray]  # method: (N, T, A) absolute, in the robot's units; NaN past an episode's end
     latency_ms: np.ndarray  # (K,) from one observation to its chunk
 
 
-def measure(policy: Policy, config: Config, split: Split, controls: bool = True) -> Judgement:
-    """Judge a policy by all of a split; without controls neither its cameras nor its latency. Raises Fault where it is empty."""
+def measure(policy: Pretrained, config: Config, split: Split, controls: bool = True) -> Judgement:
+    """Judge a policy by a split; without controls neither its cameras nor its latency. Raises Fault if the split is empty."""
     if not split.names:
         raise Fault(
-            "data.validation_fraction: no recording was held out, so there is nothing to judge by; give others by "
-            "--bags DIR, or record more and train anew"
+            "no recording was held out; judge by other recordings (--bags DIR), or raise data.validation_fraction"
         )
     ticks = np.unique(np.linspace(0, len(split.state) - 1, SAMPLES).round().astype(int))
     elsewhere = _in_another_episode(split, ticks)
-    found: dict[str, list[Tensor]] = {name: [] for name in METHODS}
+    parts: dict[str, list[Tensor]] = {}
     for start in range(0, len(ticks), BATCH):
-        here = ticks[start : start + BATCH]
-        batch = split.gather(here)
-        still, last = _baselines(split, here, batch, config)
+        chosen = ticks[start : start + BATCH]
+        batch = split.gather(chosen)
+        still, last = _baselines(split, chosen, batch, config)
         chunks = {
             "policy": policy.predict(batch.state, batch.images),
             "holding_still": still[:, None],
@@ -64,27 +63,25 @@ def measure(policy: Policy, config: Config, split: Split, controls: bool = True)
             if elsewhere is not None:
                 other = split.gather(elsewhere[start : start + BATCH])
                 chunks["camera_of_another"] = policy.predict(batch.state, other.images)
-        for name, chunk in chunks.items():
+        for method, chunk in chunks.items():
             error = (chunk - batch.action).abs().masked_fill(batch.action_is_pad[..., None], torch.nan)
-            found[name].append(error)
-    errors = {name: torch.cat(parts).numpy() for name, parts in found.items() if parts}
-    return Judgement(
-        policy, config, split, ticks, errors, _latency_ms(policy, config, split) if controls else np.zeros(0)
-    )
+            parts.setdefault(method, []).append(error)
+    errors = {method: torch.cat(each).numpy() for method, each in parts.items()}
+    return Judgement(policy, config, split, ticks, errors, _latency_ms(policy, split) if controls else np.zeros(0))
 
 
 def _baselines(split: Split, ticks: np.ndarray, batch: Batch, config: Config) -> tuple[Tensor, Tensor]:
-    """The actions (B, A) that keep the arm where it is, or the command that is in force; and those of the tick before."""
+    """The actions (B, A) that hold the arm still, and the actions of the tick before."""
     still = batch.state if config.data.action.from_ == "next_state" else batch.action[:, 0]
     if config.data.action.as_ == "delta":
         still = torch.zeros_like(batch.action[:, 0])
-    begins = np.isin(ticks, split.end - np.repeat(split.lengths, split.lengths))  # no action was before
+    is_first = np.isin(ticks, split.end - np.repeat(split.lengths, split.lengths))  # of its episode
     before = torch.from_numpy(split.action[np.maximum(ticks - 1, 0)])
-    return still, torch.where(torch.from_numpy(begins)[:, None], still, before)
+    return still, torch.where(torch.from_numpy(is_first)[:, None], still, before)
 
 
 def _in_another_episode(split: Split, ticks: np.ndarray) -> np.ndarray | None:
-    """The ticks (N,) as far into an episode half of them away: the arm alike, the scene another. None if there is one."""
+    """For each tick (N,) one of another episode, as far from its start: a similar pose, another scene."""
     lengths = np.array(split.lengths)
     if len(lengths) < 2:
         return None
@@ -94,62 +91,61 @@ def _in_another_episode(split: Split, ticks: np.ndarray) -> np.ndarray | None:
     return starts[other] + np.minimum(ticks - starts[episode], lengths[other] - 1)
 
 
-def _latency_ms(policy: Policy, config: Config, split: Split) -> np.ndarray:
+def _latency_ms(policy: Pretrained, split: Split) -> np.ndarray:
     """Times (K,) from one observation at the training size to its chunk, on the host."""
-    one = split.gather(np.zeros(1, int))
+    batch = split.gather(np.zeros(1, int))
     times: list[float] = []
     began = time.perf_counter()
     while len(times) < LATENCIES + 3 and (len(times) < 8 or time.perf_counter() - began < LATENCY_S):
         start = time.perf_counter()
-        policy.predict(one.state, one.images)
+        policy.predict(batch.state, batch.images)
         times.append((time.perf_counter() - start) * 1e3)
-    return np.array(times[3:])  # the first ones warm up
+    return np.array(times[3:])  # the first three warm up
 
 
-def mean_error(errors: np.ndarray, axis: int | tuple[int, ...]) -> np.ndarray:
-    """The mean of what is not NaN; NaN where there is nothing else, as further ahead than any episode is long."""
+def _mean(errors: np.ndarray, axis: int | tuple[int, ...]) -> np.ndarray:
+    """The mean without NaN; NaN where everything is."""
     count = (~np.isnan(errors)).sum(axis)
     return np.nansum(errors, axis) / np.where(count, count, np.nan)
 
 
 def summary(checkpoint: str, judgement: Judgement) -> dict[str, Any]:
-    """The content of evaluation.json: all figures, in the robot's units; null where there is no step so far ahead."""
-    policy, config = judgement.policy, judgement.config
+    """The content of evaluation.json, in the robot's units; null where no episode reaches so far ahead."""
+    policy, config, latency = judgement.policy, judgement.config, judgement.latency_ms
     errors = {}
-    for method, one in judgement.errors.items():
-        by_action = mean_error(one, (0, 1))
+    for method, each in judgement.errors.items():
+        by_action = _mean(each, (0, 1))
         errors[method] = {
             "all": by_action.mean().item(),
             "by_action": by_action.tolist(),
-            "by_step_ahead": _or_null(mean_error(one, (0, 2))),
-            "by_step_ahead_and_action": [_or_null(row) for row in mean_error(one, 0)],
+            "by_step_ahead": _or_null(_mean(each, (0, 2))),
+            "by_step_ahead_and_action": [_or_null(row) for row in _mean(each, 0)],
         }
-    ours = errors["policy"]["all"]
-    std = policy.normalizer.action.std.cpu().numpy()
-    found = {
+    ours, std = errors["policy"]["all"], policy.normalizer.action.std.cpu().numpy()
+    figures = {
         "checkpoint": checkpoint,
         "recordings": judgement.split.names,
         "moments": len(judgement.ticks),
         "ticks_ahead": config.model.chunk_size,
         "fps": config.data.fps,
         "unit": UNIT,
-        "actions": list(policy.robot["action"]["names"]),
+        "actions": list(policy.robot.action_names) if policy.robot else [],
         "mean_absolute_error": errors,
         "in_standard_deviations": float((errors["policy"]["by_action"] / std).mean()),
         "share_of_holding_still": ours / max(errors["holding_still"]["all"], 1e-12),
         "share_of_error_explained_by_vision": {
-            method: 1 - ours / max(one["all"], 1e-12) for method, one in errors.items() if method.startswith("camera")
+            method: 1 - ours / max(each["all"], 1e-12) for method, each in errors.items() if "camera" in method
         },
     }
-    if len(judgement.latency_ms):
-        found["latency_ms"] = {
-            "median": float(np.median(judgement.latency_ms)),
-            "percentile_95": float(np.percentile(judgement.latency_ms, 95)),
-            "times": len(judgement.latency_ms),
+    if len(latency):
+        figures["latency_ms"] = {
+            "median": float(np.median(latency)),
+            "percentile_95": float(np.percentile(latency, 95)),
+            "times": len(latency),
             "device": str(policy.normalizer.state.mean.device),
             "threads": torch.get_num_threads(),
         }
-    return found
+    return figures
 
 
 def _or_null(row: np.ndarray) -> list[float | None]:

@@ -1,1 +1,1 @@
-"""Is a recording good? Measures, verdict, proposal, page. No torch here; imports recordings and page."""
+"""Is a recording good? Topics, verdicts, a proposed configuration, a page. May import the ground, page and recordings; no torch."""

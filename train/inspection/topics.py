@@ -1,42 +1,38 @@
-"""What one topic of a bag carries: counts, rate, gaps, stamps, joints and pictures, measured message by message.
+"""What one topic of a bag contains: counts, rate, gaps, stamps, joints and pictures, measured message by message.
 
-Nothing grows with the messages but their stamps; a picture is decoded only where it is looked at.
+Pictures are decoded only where they are looked at, and three of them are kept.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import io
-import math
 import struct
 from array import array
 from collections import Counter
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
 from PIL import Image
-from rosbags.interfaces import Connection
 
 from faults import Fault
-from recordings.bags import full_name, plain
-from recordings.images import CHANNELS, DEPTH, is_cut, no_picture, resize, to_rgb
+from recordings.bags import Message, plain
+from recordings.images import CHANNELS, DEPTH, is_truncated, no_picture, resize, to_rgb
 from recordings.signals import IMAGES, JOINT_STATE, choose_clock
 
-STAMP_END = 12  # of a message that begins with a header: 4 bytes of CDR's or ROS 1's own, then the stamp
-GAP_PERIODS = 2.5  # a gap worth showing
-LOOKED_AT = 20  # compressed pictures of a camera, spread evenly, besides those of far fewer bytes than usual
-BLACK = 10  # mean brightness out of 255
-SHOWN_HEIGHT = 240  # pixels, at most, of the pictures that are kept
-BLOCK = 4096  # messages of joints that are looked at together
+STAMP_END = 12  # of a message with a header: 4 bytes of CDR or ROS 1, then the stamp
+GAP_PERIODS = 2.5  # a longer pause is a gap
+LOOKED_AT = 20  # compressed pictures of a camera to decode, spread evenly, besides those of far fewer bytes than usual
+BLACK = 10  # mean brightness of 255
+SHOWN_HEIGHT = 240  # pixels, at most, of the kept pictures
 SECOND = 10**9
 
 
 class Spread(NamedTuple):
-    """How some differences of time are spread."""
+    """The distribution of time differences."""
 
-    median: float  # ms, with its sign
+    median: float  # ms, signed
     percentile_95: float  # ms, of the magnitudes
     greatest: float  # ms, of the magnitudes
 
@@ -71,11 +67,11 @@ class Picture(NamedTuple):
 
 
 class Pictures(NamedTuple):
-    """The pictures of a topic."""
+    """The pictures of a topic; the last three fields are empty where pictures are not wanted."""
 
-    kinds: dict[str, int]  # "640x480 rgb8" or "640x480 jpeg": how many
-    frozen: tuple[int, ...]  # numbers of the messages whose picture is, byte for byte, the one before
-    looked_at: int  # decoded, to see whether they are black; none of these three where pictures are not wanted
+    kinds: dict[str, int]  # "640x480 rgb8" or "640x480 jpeg": count
+    frozen: tuple[int, ...]  # numbers of the messages whose picture equals the one before, byte for byte
+    looked_at: int  # decoded, to find black ones
     black: int  # of those
     shown: tuple[Picture, ...]  # the first, the middle and the last
 
@@ -86,235 +82,193 @@ class Topic(NamedTuple):
     name: str
     types: tuple[str, ...]
     read: int  # messages
-    stored: int  # as the storage counts them
-    declared: int | None  # as metadata.yaml does, where there is one
-    stamps: np.ndarray  # (read,) int64 ns, of the clock
+    declared: int | None  # messages by metadata.yaml, if there is one
+    stamps: np.ndarray  # (read,) int64 ns, on the clock
     clock: str  # "header", or "receive (why not header)"
-    not_understood: str | None  # why its messages cannot be decoded: only counts, stamps and sizes are known then
-    first_s: float | None  # since the bag's first message
-    last_s: float | None
+    not_understood: str | None  # why its messages cannot be decoded; then only counts and receive stamps are known
     rate_hz: float | None  # median
-    slowest_second_hz: float | None  # messages in the emptiest second; none where it lasts less than two
+    slowest_second_hz: float | None  # messages in the emptiest second; None if it lasts less than two
     largest_gap: Gap | None
-    gaps: tuple[Gap, ...]  # all longer than GAP_PERIODS usual ones
+    gaps: tuple[Gap, ...]  # all longer than GAP_PERIODS periods
     header_minus_receive_ms: Spread | None
-    in_order: bool | None  # whether header stamps never fall
+    in_order: bool | None  # whether header stamps never decrease
     joints: tuple[Joint, ...]
     pictures: Pictures | None
 
 
 class Measure:
-    """The measuring of one topic while its messages go by.
+    """Measures one topic, message by message; `pictures` decodes some, `is_camera` at least the first."""
 
-    `pictures` decodes some of them; a topic that is `wanted` as a camera has its first one decoded in any case.
-    """
-
-    def __init__(self, name: str, declared: int | None, pictures: bool, wanted: bool) -> None:
-        self.name = name
-        self.declared = declared
-        self.stored = 0
+    def __init__(self, name: str, declared: int | None, pictures: bool, is_camera: bool) -> None:
+        self.name, self.declared = name, declared
         self.types: set[str] = set()
         self.not_understood: str | None = None
-        self.receive = array("q")
-        self.header = array("q")
-        self.joints = _Joints()
-        self.pictures = _Pictures(pictures, wanted)
+        self.receive, self.header = array("q"), array("q")
+        self.stamp_form: dict[str, str] = {}  # type: how its header's stamp is packed; "" without a header
+        self.joints: dict[tuple[str, ...], tuple[array[float], array[int]]] = {}  # names: positions, stamps
+        self.pictures = _Pictures(pictures, is_camera)
 
-    def add(self, connection: Connection, receive_ns: int, raw: bytes, decode: Decode | None, place: str) -> None:
-        """A message. Raises Fault where it should be decoded and does not; it is counted all the same."""
-        msgtype = full_name(connection.msgtype)
-        self.receive.append(receive_ns)
+    def add(self, message: Message) -> None:
+        """Count a message and measure it. Raises Fault if a message of joints or pictures does not decode."""
+        self.receive.append(message.receive_ns)
         self.header.append(0)
-        raw = plain(raw, place)
+        if self.not_understood:
+            return
+        raw = plain(message.raw)
+        is_joints = message.msgtype == JOINT_STATE
+        if is_joints or message.msgtype in IMAGES:
+            content = message.content()
+            self.header[-1] = stamp = content.header.stamp.sec * SECOND + content.header.stamp.nanosec
+            if is_joints:
+                self._add_joints(content, stamp or message.receive_ns)
+            else:
+                self.pictures.add(content, raw, message, self.declared)
+            return
         try:
-            stamp = self.header[-1] = decode.stamp(raw, place) if decode else 0
+            self.header[-1] = self._header_stamp(message, raw)
         except Fault as fault:
-            if msgtype == JOINT_STATE or msgtype in IMAGES:
-                raise
-            stamp, self.not_understood = 0, str(fault)  # another release's, perhaps: nobody may have asked for it
-        if msgtype == JOINT_STATE and decode:
-            self.joints.add(decode(raw, place), stamp or receive_ns)
-        elif msgtype in IMAGES and decode:
-            total = self.declared or self.stored
-            self.pictures.add(raw, decode, place, len(self.receive) - 1, total, receive_ns)
+            self.not_understood = str(fault)  # perhaps another release's; nobody may need it
 
-    def topic(self, start_ns: int) -> Topic:
-        """What was measured; seconds count from start_ns."""
-        receive, header = np.array(self.receive, np.int64), np.array(self.header, np.int64)
-        stamps, clock = choose_clock(receive, header) if len(receive) else (receive, "receive (no message)")
-        gaps = np.diff(stamps)
-        usual = float(np.median(gaps)) if len(gaps) else 0.0
-
-        def gap(i: int) -> Gap:
-            return Gap((int(stamps[i]) - start_ns) / SECOND, float(gaps[i]) / SECOND)
-
-        shown = np.flatnonzero(gaps > GAP_PERIODS * usual) if usual else ()
-        stamped = header[header != 0]
-        return Topic(
-            self.name,
-            tuple(sorted(self.types)),
-            len(receive),
-            self.stored,
-            self.declared,
-            stamps,
-            clock,
-            self.not_understood,
-            (int(stamps[0]) - start_ns) / SECOND if len(stamps) else None,
-            (int(stamps[-1]) - start_ns) / SECOND if len(stamps) else None,
-            SECOND / usual if usual else None,
-            _slowest_second(stamps),
-            gap(int(gaps.argmax())) if len(gaps) else None,
-            tuple(gap(int(i)) for i in shown),
-            Spread.of(header[header != 0] - receive[header != 0]) if len(stamped) else None,
-            bool(np.all(np.diff(stamped) >= 0)) if len(stamped) else None,
-            self.joints.found(start_ns),
-            self.pictures.found(start_ns) if self.pictures.kinds else None,
-        )
-
-
-class Decode:
-    """The messages of one connection, decoded; a header's stamp without decoding."""
-
-    def __init__(self, decode: Callable[[Connection, bytes, str], Any], connection: Connection) -> None:
-        self._decode, self._connection = decode, connection
-        self._packed: str | None = None  # how the header's stamp is; empty where there is no header
-
-    def __call__(self, raw: bytes, place: str) -> Any:
-        return self._decode(self._connection, raw, place)
-
-    def stamp(self, raw: bytes, place: str) -> int:
-        """The header's stamp in ns, or 0."""
-        if self._packed is None:
-            content = self(raw, place)
+    def _header_stamp(self, message: Message, raw: bytes) -> int:
+        """The header's stamp in ns, or 0; only the first message of a type is decoded."""
+        if message.msgtype not in self.stamp_form:
+            content, form = message.content(), ""
             fields = dataclasses.fields(content)
-            self._packed = ""
             if fields and fields[0].name == "header" and hasattr(content.header, "stamp"):
                 stamp = content.header.stamp.sec, content.header.stamp.nanosec
-                self._packed = "<iI" if struct.unpack_from("<iI", raw, 4) == stamp else ">iI"
-        if not self._packed or len(raw) < STAMP_END:
+                form = "<iI" if struct.unpack_from("<iI", raw, 4) == stamp else ">iI"
+            self.stamp_form[message.msgtype] = form
+        form = self.stamp_form[message.msgtype]
+        if not form or len(raw) < STAMP_END:
             return 0
-        seconds, nanoseconds = struct.unpack_from(self._packed, raw, 4)
+        seconds, nanoseconds = struct.unpack_from(form, raw, 4)
         return int(seconds * SECOND + nanoseconds)
 
+    def _add_joints(self, content: Any, stamp: int) -> None:
+        names = tuple(content.name) or tuple(f"position[{i}]" for i in range(len(content.position)))
+        if len(names) == len(content.position):  # not so in a command of velocities
+            rows, stamps = self.joints.setdefault(names, (array("d"), array("q")))
+            rows.frombytes(content.position.astype(np.float64).tobytes())
+            stamps.append(stamp)
 
-class _Joints:
-    """Ranges and fastest steps of joints by name, whatever their order."""
+    def topic(self, start_ns: int) -> Topic:
+        """The measured topic; seconds count from start_ns."""
+        receive, header = np.array(self.receive, np.int64), np.array(self.header, np.int64)
+        stamps, clock = choose_clock(receive, header) if len(receive) else (receive, "receive (no messages)")
+        pauses = np.diff(stamps)
+        usual = float(np.median(pauses)) if len(pauses) else 0.0
 
-    def __init__(self) -> None:
-        self.names: list[str] = []
-        self.places: dict[tuple[str, ...], np.ndarray] = {}
-        self.rows, self.stamps = array("d"), array("q")  # not yet looked at
-        self.seen: dict[str, tuple[int, float]] = {}  # the last stamp and position of each
-        self.joints: dict[str, Joint] = {}  # with the stamp itself, in ns, for fastest_at_s
+        def gap(i: int) -> Gap:
+            return Gap((int(stamps[i]) - start_ns) / SECOND, float(pauses[i]) / SECOND)
 
-    def add(self, content: Any, stamp: int) -> None:
-        named = tuple(content.name) or tuple(f"position[{i}]" for i in range(len(content.position)))
-        if len(named) != len(content.position):  # a command of velocities, say; read_series tells who wants positions
-            return
-        places = self.places.get(named)
-        if places is None:
-            self.look()
-            self.names += [name for name in dict.fromkeys(named) if name not in self.names]
-            places = self.places[named] = np.array([self.names.index(name) for name in named], int)
-        row = np.full(len(self.names), np.nan)
-        row[places] = content.position
-        self.rows.frombytes(row.tobytes())
-        self.stamps.append(stamp)
-        if len(self.stamps) == BLOCK:
-            self.look()
+        long = np.flatnonzero(pauses > GAP_PERIODS * usual) if usual else ()
+        stamped = header != 0
+        return Topic(
+            name=self.name,
+            types=tuple(sorted(self.types)),
+            read=len(receive),
+            declared=self.declared,
+            stamps=stamps,
+            clock=clock,
+            not_understood=self.not_understood,
+            rate_hz=SECOND / usual if usual else None,
+            slowest_second_hz=_slowest_second(stamps),
+            largest_gap=gap(int(pauses.argmax())) if len(pauses) else None,
+            gaps=tuple(gap(int(i)) for i in long),
+            header_minus_receive_ms=Spread.of(header[stamped] - receive[stamped]) if stamped.any() else None,
+            in_order=bool(np.all(np.diff(header[stamped]) >= 0)) if stamped.any() else None,
+            joints=tuple(self._joints(start_ns)),
+            pictures=self.pictures.measured(start_ns) if self.pictures.kinds else None,
+        )
 
-    def look(self) -> None:
-        """Look at the rows that have gathered, and let them go."""
-        rows, stamps = np.array(self.rows).reshape(-1, max(1, len(self.names))), np.array(self.stamps, np.int64)
-        self.rows, self.stamps = array("d"), array("q")
-        for name, column in zip(self.names, rows.T, strict=True) if len(rows) else ():
-            there = np.isfinite(column)
-            if not there.any():
+    def _joints(self, start_ns: int) -> list[Joint]:
+        """Range and fastest step of each joint, in whatever order its messages name it."""
+        joints = []
+        tables = [
+            (names, np.array(r).reshape(-1, len(names)), np.array(s)) for names, (r, s) in self.joints.items() if names
+        ]
+        for joint in dict.fromkeys(name for names, _, _ in tables for name in names):
+            found = [(rows[:, names.index(joint)], stamps) for names, rows, stamps in tables if joint in names]
+            position, at = np.concatenate([p for p, _ in found]), np.concatenate([s for _, s in found])
+            position, at = position[np.isfinite(position)], at[np.isfinite(position)]
+            if not len(position):
                 continue
-            position, at = column[there], stamps[there]
-            if name in self.seen:
-                at, position = np.append(self.seen[name][0], at), np.append(self.seen[name][1], position)
-            self.seen[name] = int(at[-1]), float(position[-1])
-            one = self.joints.get(name, Joint(name, math.inf, -math.inf, 0.0, float(at[0])))
-            elapsed = np.diff(at)
-            if len(elapsed):
-                # a busy machine delivers in bunches what was measured a period apart
-                with np.errstate(over="ignore"):  # of damaged numbers
-                    speed = (
-                        np.abs(np.diff(position)) / np.maximum(elapsed, max(1.0, float(np.median(elapsed)))) * SECOND
-                    )
-                most = int(speed.argmax())
-                if speed[most] > one.fastest:
-                    one = one._replace(fastest=float(speed[most]), fastest_at_s=float(at[most + 1]))
-            self.joints[name] = one._replace(
-                least=min(one.least, float(position.min())), greatest=max(one.greatest, float(position.max()))
-            )
-
-    def found(self, start_ns: int) -> tuple[Joint, ...]:
-        self.look()
-        return tuple(one._replace(fastest_at_s=(one.fastest_at_s - start_ns) / SECOND) for one in self.joints.values())
+            order = np.argsort(at, kind="stable")
+            position, at, elapsed = position[order], at[order], np.diff(at[order])
+            with np.errstate(over="ignore"):  # damaged numbers
+                # a busy machine delivers in bursts what was measured a period apart
+                period = np.maximum(elapsed, max(1.0, float(np.median(elapsed)))) if len(elapsed) else elapsed
+                speed = np.append(0.0, np.abs(np.diff(position)) / period * SECOND)
+            most = int(speed.argmax())
+            seconds = (int(at[most]) - start_ns) / SECOND
+            joints.append(Joint(joint, float(position.min()), float(position.max()), float(speed[most]), seconds))
+        return joints
 
 
 class _Pictures:
     """Sizes, frozen and black pictures of one topic."""
 
-    def __init__(self, decoded: bool, wanted: bool) -> None:
-        self.decoded, self.wanted = decoded, wanted
+    def __init__(self, decoded: bool, is_camera: bool) -> None:
+        self.decoded, self.is_camera = decoded, is_camera
         self.kinds: Counter[str] = Counter()
         self.frozen = array("q")
         self.last = b""
-        self.bytes = 0
-        self.looked_at = self.black = 0
-        self.shown: list[tuple[int, np.ndarray]] = []
-        self.end: tuple[int, Any, str] | None = None  # the last picture, not decoded
+        self.bytes = self.looked_at = self.black = 0
+        self.spaced: list[Picture] = []  # the first, and some of which one is near the middle
+        self.end: tuple[int, Any] | None = None  # the last picture, not decoded
 
-    def add(self, raw: bytes, decode: Decode, place: str, number: int, total: int, stamp: int) -> None:
-        """A picture; total is how many there will be."""
-        content = decode(raw, place)
+    def add(self, content: Any, raw: bytes, message: Message, declared: int | None) -> None:
+        number = message.number
         self.bytes += len(raw)
-        kind, colour = _kind(content, place)
+        kind, is_color = _kind(content)
         self.kinds[kind] += 1
-        end = max(STAMP_END, len(raw) - 4096)  # looked at first: it is most likely to differ
+        end = max(STAMP_END, len(raw) - 4096)  # compared first: most likely to differ
         if len(raw) == len(self.last) and raw[end:] == self.last[end:] and raw[STAMP_END:] == self.last[STAMP_END:]:
             self.frozen.append(number)
         self.last = raw
-        if self.wanted and number == 0:
-            to_rgb(content, place)  # raises the Fault of what no camera gives
-        if not colour or not self.decoded:
+        if self.is_camera and number == 0:
+            to_rgb(content)  # raises the fault of what no camera sends
+        if not is_color or not self.decoded:
             return
-        small = len(raw) < 0.4 * self.bytes / (number + 1)  # as a black picture is, once compressed
-        if number % max(1, total // LOOKED_AT) == 0 or small or hasattr(content, "encoding"):
+        doubling = 1 << max(0, number.bit_length() - 5)  # without a metadata.yaml the total is unknown
+        every = max(1, declared // LOOKED_AT) if declared else doubling
+        is_small = len(raw) < 0.4 * self.bytes / (number + 1)  # as a black picture is, compressed
+        if number % every == 0 or is_small or hasattr(content, "encoding"):
             self.looked_at += 1
-            self.black += bool(_brightness(content, place) < BLACK)
-        if number in (0, total // 2):
-            self.shown.append((stamp, _small(to_rgb(content, place))))
-        self.end = stamp, content, place
+            self.black += bool(_brightness(content) < BLACK)
+        if number in (0, declared // 2) if declared else number % (4 * doubling) == 0:
+            self.spaced.append(Picture(message.receive_ns, _small(to_rgb(content))))
+        self.end = message.receive_ns, content
 
-    def found(self, start_ns: int) -> Pictures:
-        shown = self.shown
-        if self.end and self.end[0] > (shown[-1][0] if shown else -1):
-            shown = [*shown, (self.end[0], _small(to_rgb(*self.end[1:])))]
-        pictures = tuple(Picture((stamp - start_ns) / SECOND, pixels) for stamp, pixels in shown)
-        return Pictures(dict(self.kinds), tuple(self.frozen), self.looked_at, self.black, pictures)
+    def measured(self, start_ns: int) -> Pictures:
+        pictures = [*self.spaced]
+        if self.end and self.end[0] > (pictures[-1].at_s if pictures else -1):
+            pictures.append(Picture(self.end[0], _small(to_rgb(self.end[1]))))
+        if len(pictures) > 2:
+            middle = (pictures[0].at_s + pictures[-1].at_s) / 2
+            nearest = min(pictures[1:-1], key=lambda picture: abs(picture.at_s - middle))
+            pictures = [pictures[0], nearest, pictures[-1]]
+        shown = tuple(Picture((picture.at_s - start_ns) / SECOND, picture.pixels) for picture in pictures)
+        return Pictures(dict(self.kinds), tuple(self.frozen), self.looked_at, self.black, shown)
 
 
-def _kind(content: Any, place: str) -> tuple[str, bool]:
-    """(size and encoding of a picture, whether it is one in colour or grey), without decoding it."""
+def _kind(content: Any) -> tuple[str, bool]:
+    """(size and encoding of a picture, whether it is color or grey), without decoding it. Raises Fault."""
     if hasattr(content, "encoding"):
         return f"{content.width}x{content.height} {content.encoding}", content.encoding in CHANNELS
     if any(depth in content.format for depth in DEPTH):
         return content.format, False
     try:
-        if is_cut(content.data):
-            raise OSError("its end is missing")
+        if is_truncated(content.data):
+            raise OSError("truncated")
         with Image.open(io.BytesIO(content.data)) as picture:
             return f"{picture.width}x{picture.height} {(picture.format or '').lower()}", True
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-        raise no_picture(content.data, content.format, place) from None
+        raise no_picture(content.data, content.format) from None
 
 
-def _brightness(content: Any, place: str) -> float:
-    """The mean of a picture, 0 to 255; of a compressed one at an eighth of its size, which is quicker."""
+def _brightness(content: Any) -> float:
+    """The mean of a picture, 0 to 255; a compressed one is decoded at an eighth of its size, which is faster."""
     if not hasattr(content, "encoding"):
         try:
             grey = cv2.imdecode(np.asarray(content.data), cv2.IMREAD_REDUCED_GRAYSCALE_8)
@@ -322,7 +276,7 @@ def _brightness(content: Any, place: str) -> float:
             grey = None
         if grey is not None:
             return float(grey.mean())
-    return float(to_rgb(content, place).mean())  # raises the Fault of what does not decode
+    return float(to_rgb(content).mean())  # raises the fault of what does not decode
 
 
 def _small(pixels: np.ndarray) -> np.ndarray:
@@ -336,5 +290,5 @@ def _slowest_second(stamps: np.ndarray) -> float | None:
     if len(stamps) < 2 or stamps[-1] - stamps[0] < 2 * SECOND:
         return None
     ordered = np.sort(stamps)
-    after = ordered[ordered <= ordered[-1] - SECOND]  # the emptiest begins right behind a message
+    after = ordered[ordered <= ordered[-1] - SECOND]  # the emptiest second starts right after a message
     return float((np.searchsorted(ordered, after + SECOND, side="right") - np.arange(1, len(after) + 1)).min())

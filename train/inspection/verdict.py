@@ -1,275 +1,274 @@
-"""Everything that can be told of one bag before anything is trained on it: measures, warnings, faults and a verdict.
+"""Everything to know about one bag before training on it: measures, warnings, faults and a verdict.
 
-`inspect` reads a bag once for all its topics, whether or not they are known, and with a configuration a second time
-as training would. inspect_bags.py prints what it finds, inspect_page.py draws it.
+`inspect` reads a bag once for all its topics, known or not, and with a configuration once more as training would.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rosbags.interfaces import Connection
 
-from config import Config
+from config import Config, Data
 from faults import Fault
-from inspection.topics import SECOND, Decode, Measure, Pictures, Spread, Topic
+from inspection.topics import SECOND, Measure, Pictures, Spread, Topic
 from recordings import plausibility
-from recordings.bags import Bag, Storage, full_name, miscounted, open_storage
+from recordings.bags import Bag, Message, decoder, full_name, miscounted, opened
 from recordings.episodes import Recording, cut
-from recordings.integrity import check
 from recordings.plausibility import Lag
 from recordings.signals import Series, read_series
+from recordings.storage import NO_SUM, Storage
 
 GOOD, USABLE, BAD = "good", "usable, read the warnings", "cannot be trained on"
 SILENT_S = 1.0
 LATE_MS = 100.0
-AHEAD_MS = 20.0  # what clocks that are set by one server differ by, at most
-FROZEN = 0.03  # of the arm's way, while its pictures stand still
+AHEAD_MS = 20.0  # more than two clocks set by one server differ
+FROZEN = 0.03  # share of the arm's path while its pictures stand still
 NOT_IN_JSON = ("recording", "series", "stamps", "pixels", "gaps")
 
 
 @dataclass
 class Inspection:
-    """What was found in one bag. Times `*_s` are seconds since its first message, by the recorder's clock."""
+    """The result for one bag. Times `*_s` are seconds since its first message, on the recorder's clock."""
 
     name: str
     files: dict[str, int]  # path: bytes
     start_ns: int  # the first message's receive stamp, since 1970
     seconds: float
     topics: dict[str, Topic]
-    checksums: str  # that its storage carries, in words
+    checksums: str  # in its files, in words
+    faults: list[str]
+    warnings: list[str]
     # the rest needs a configuration
-    overlap_s: tuple[float, float] | None = None  # begin and end of the time that all its topics share
-    state_minus_image_ms: dict[str, Spread] = field(default_factory=dict)  # by camera: of the messages a tick takes
-    state_minus_command_ms: dict[str, Spread] = field(default_factory=dict)  # by command topic
+    overlap_s: tuple[float, float] | None = None  # start and end of the time that all its topics share
+    state_minus_image_ms: dict[str, Spread] = field(default_factory=dict)  # camera: of the messages at a tick
+    state_minus_command_ms: dict[str, Spread] = field(default_factory=dict)  # command topic
     lag: Lag | None = None  # of the state behind the command
     idle_s: tuple[float, float] | None = None  # before the first motion, and after the last
-    recording: Recording | None = None  # its episodes, as they would be trained on
-    series: dict[str, Series] | None = None  # the configured topics as they were recorded
-    notes: list[str] = field(default_factory=list)  # clocks, splits and what was dropped, in words
-    warnings: list[str] = field(default_factory=list)
-    faults: list[str] = field(default_factory=list)
+    recording: Recording | None = None  # its episodes, as training would use them
+    series: dict[str, Series] | None = None  # the configured topics, as recorded
+    notes: list[str] = field(default_factory=list)  # clocks, splits and skipped data, in words
 
     @property
     def verdict(self) -> str:
-        """GOOD, USABLE or BAD; its reasons are the faults, or else the warnings."""
+        """GOOD, USABLE or BAD; the faults or warnings are its reasons."""
         return BAD if self.faults else USABLE if self.warnings else GOOD
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether no message was read."""
+        return not any(topic.read for topic in self.topics.values())
+
     def to_json(self) -> dict[str, Any]:
-        """The plain tree of all that fits on paper: no arrays, no pictures; what is not known or not finite is null."""
+        """A plain tree, without arrays and pictures; what is unknown or not finite is null."""
         tree = _plain({"verdict": self.verdict, **self.__dict__})
         started = datetime.fromtimestamp(self.start_ns / SECOND, UTC) if self.topics else None
         tree["started"] = started.isoformat(timespec="milliseconds") if started else None
-        tree["episodes"] = (
-            [{"at_s": at, "ticks": ticks} for at, ticks in self.episodes()] if self.recording is not None else None
-        )
+        episodes = [{"at_s": at, "ticks": ticks} for at, ticks in self.episodes()]
+        tree["episodes"] = episodes if self.recording else None
         return dict(tree)
 
     def episodes(self) -> list[tuple[float, int]]:
-        """(begin in seconds since the first message, ticks) of each episode."""
+        """(start in seconds since the first message, ticks) of each episode."""
         episodes = self.recording.episodes if self.recording else []
         return [((int(episode.ticks[0]) - self.start_ns) / SECOND, len(episode.ticks)) for episode in episodes]
 
 
 def inspect(bag: Bag, config: Config | None = None, pictures: bool = False) -> Inspection:
-    """Everything that can be told of a bag; of its episodes only with a configuration.
+    """Everything about a bag; about its episodes only with a configuration.
 
-    `pictures` decodes some of each camera: black ones are counted, the first, the middle and the last kept. Faults are
+    `pictures` decodes some of each camera: black ones are counted; the first, a middle and the last are kept. Faults are
     listed, none is raised.
     """
-    data = config.data if config else None
-    asked = {*data.cameras.values(), *(s.topic for s in (*data.state, *data.commands))} if data else None
-    cameras = set(data.cameras.values()) if data else set()
-    measures = {topic: Measure(topic, declared, pictures, topic in cameras) for topic, declared in bag.declared.items()}
+    wanted = _wanted_topics(config.data) if config else None
+    cameras = set(config.data.cameras.values()) if config else set()
     faults: list[str] = []
     warnings: list[str] = []
 
-    def complain(topic: str, lines: tuple[Any, ...] | list[str]) -> None:
-        (faults if asked is None or topic in asked else warnings).extend(map(str, lines))
+    def report(topic: str, lines: Iterable[str]) -> None:
+        """Faults of a topic that nobody wants are warnings."""
+        (faults if wanted is None or topic in wanted else warnings).extend(lines)
 
-    read = _measure(bag, measures, pictures, cameras, faults, complain)
-    receive = [measure.receive for measure in measures.values() if measure.receive]
-    start_ns = min((min(stamps) for stamps in receive), default=0)
-    end_ns = max((max(stamps) for stamps in receive), default=0)
+    measures = {topic: Measure(topic, n, pictures, topic in cameras) for topic, n in bag.declared.items()}
+    sums: list[str] = []
+    broken: set[str] = set()
+    start_ns: int | None = None
+    for file in bag.files:
+        try:
+            with opened(file) as storage:
+                for message in _messages(bag, file, storage, measures, pictures, cameras, start_ns):
+                    start_ns = message.receive_ns if start_ns is None else start_ns
+                    try:
+                        measures[message.topic].add(message)
+                    except Fault as fault:
+                        if message.topic not in broken:
+                            report(message.topic, fault.at(message.place).args)
+                        broken.add(message.topic)
+                sums.append(_checksums(storage))
+        except Fault as fault:
+            faults += fault.args
     topics = {}
     for name, measure in sorted(measures.items()):
         try:
-            topics[name] = measure.topic(start_ns)
-        except Fault as fault:
-            complain(name, fault.args)
-            measure.pictures.end = None  # the last picture does not decode
-            topics[name] = measure.topic(start_ns)
-        if len(read) == len(bag.files) and (wrong := miscounted(bag, name, topics[name].read, topics[name].stored)):
-            complain(name, [wrong])
-    if not receive and not faults:
-        faults.append(f"{bag.name}: holds no message; record it again or leave it out")
+            topics[name] = measure.topic(start_ns or 0)
+        except Fault as fault:  # the last picture does not decode
+            report(name, fault.at(f"{bag.name}: {name}: last message").args)
+            measure.pictures.end = None
+            topics[name] = measure.topic(start_ns or 0)
+        if len(sums) == len(bag.files) and (fault_ := miscounted(bag, name, topics[name].read)):
+            report(name, [fault_])
+    if start_ns is None and not faults:
+        faults.append("has no messages; re-record or remove it")
+    end_ns = max((max(measure.receive) for measure in measures.values() if measure.receive), default=0)
     files = {str(file): file.stat().st_size if file.exists() else 0 for file in bag.files}
-    checked = [check(file) for file in read]
-    checksums = "; ".join(dict.fromkeys(one.carries for one in checked)) or "unknown"
-    found = Inspection(bag.name, files, start_ns, (end_ns - start_ns) / SECOND, topics, checksums)
-    found.warnings, found.faults = warnings, faults + [fault for one in checked for fault in one.faults]
+    seconds, checksums = (end_ns - (start_ns or 0)) / SECOND, "; ".join(dict.fromkeys(sums)) or "unknown"
+    inspection = Inspection(bag.name, files, start_ns or 0, seconds, topics, checksums, faults, warnings)
     if config:
-        _as_training_would(bag, config, found)
-    found.warnings += _topics(found, config)
-    for lines in (found.warnings, found.faults):
+        _as_training_would(bag, config, inspection)
+    warnings += _topic_warnings(inspection, config)
+    for lines in (warnings, faults):
         lines[:] = dict.fromkeys(line.removeprefix(f"{bag.name}: ") for line in lines)
-    return found
+    return inspection
 
 
-def _measure(
-    bag: Bag, measures: dict[str, Measure], pictures: bool, cameras: set[str], faults: list[str], complain: Any
-) -> list[Path]:
-    """Let every message of a bag go by its topic's measure; the files that could be read to their ends."""
-    read: list[Path] = []
-    broken: set[str] = set()
-    start_ns = 0
-    for file in bag.files:
-        try:
-            with open_storage(file) as storage:
-                decoders: dict[int, Decode | None] = {}
-                for connection in storage.connections:
-                    topic = connection.topic
-                    if topic not in measures:
-                        measures[topic] = Measure(topic, 0 if bag.declared else None, pictures, topic in cameras)
-                    measures[topic].stored += connection.msgcount
-                    measures[topic].types.add(full_name(connection.msgtype))
-                for connection, receive_ns, raw in storage.raw:
-                    topic, measure = connection.topic, measures[connection.topic]
-                    start_ns = start_ns or receive_ns
-                    seconds = (receive_ns - start_ns) / SECOND
-                    place = f"{bag.name}: {topic}: message {len(measure.receive)} at t+{seconds:.3f} s"
-                    if connection.id not in decoders:
-                        decoders[connection.id] = _decode(storage, connection, measure)
-                    try:
-                        measure.add(connection, receive_ns, raw, decoders[connection.id], place)
-                    except Fault as fault:
-                        if topic not in broken:
-                            complain(topic, fault.args)
-                        broken.add(topic)
-            read.append(file)
-        except Fault as fault:
-            faults += fault.args
-    return read
+def _wanted_topics(data: Data) -> set[str]:
+    return {*data.cameras.values(), *(signal.topic for signal in (*data.state, *data.commands))}
 
 
-def _decode(storage: Storage, connection: Connection, measure: Measure) -> Decode | None:
-    """How to decode a topic; without a usable definition it is only counted, for nobody may have asked for it."""
-    try:
-        return Decode(storage.decoder(connection), connection)
-    except Fault as fault:
-        measure.not_understood = str(fault)
-        return None
+def _messages(
+    bag: Bag,
+    file: Path,
+    storage: Storage,
+    measures: dict[str, Measure],
+    pictures: bool,
+    cameras: set[str],
+    start_ns: int | None,
+) -> Iterator[Message]:
+    """All messages of a file; a topic's measure is created before its first message."""
+    decoders: dict[int, Callable[[bytes], Any]] = {}
+    for connection, receive_ns, raw in storage.messages():
+        start_ns = receive_ns if start_ns is None else start_ns
+        topic, msgtype = connection.topic, full_name(connection.msgtype)
+        if connection.id not in decoders:
+            measure = measures.setdefault(
+                topic, Measure(topic, 0 if bag.declared else None, pictures, topic in cameras)
+            )
+            measure.types.add(msgtype)
+            try:
+                decoders[connection.id] = decoder(file, connection)
+            except Fault as fault:  # counted only: nobody may want it
+                measure.not_understood, decoders[connection.id] = str(fault), bytes
+        number, seconds = len(measures[topic].receive), (receive_ns - start_ns) / SECOND
+        yield Message(bag.name, topic, number, msgtype, receive_ns, seconds, raw, decoders[connection.id])
+    for connection in storage.connections.values():  # also those without a message
+        empty = Measure(connection.topic, 0 if bag.declared else None, pictures, connection.topic in cameras)
+        measures.setdefault(connection.topic, empty).types.add(full_name(connection.msgtype))
 
 
-def _as_training_would(bag: Bag, config: Config, found: Inspection) -> None:
-    """The episodes of a bag, and how its topics lie in time."""
+def _checksums(storage: Storage) -> str:
+    """The checksums in a file, in words."""
+    kinds = [kind for kind, count in storage.sums.items() if count and kind != NO_SUM]
+    if kinds and storage.sums[NO_SUM]:
+        of_the_file = all(kind.startswith("CRC of the ") for kind in kinds)
+        kinds.append(f"{NO_SUM} of {'the messages' if of_the_file else f'{storage.sums[NO_SUM]} chunks'}")
+    return ", ".join(kinds) or NO_SUM
+
+
+def _as_training_would(bag: Bag, config: Config, inspection: Inspection) -> None:
+    """Add the episodes of a bag, and how its topics are aligned in time."""
     data = config.data
     try:
-        found.series = series = read_series(bag, {*data.state, *data.commands}, set(data.cameras.values()))
+        series = read_series(bag, {*data.state, *data.commands}, set(data.cameras.values()))
+        inspection.series = series
         begin = max(int(one.stamps[0]) for one in series.values())
         end = min(int(one.stamps[-1]) for one in series.values())
-        found.overlap_s = ((begin - found.start_ns) / SECOND, (end - found.start_ns) / SECOND)
-        found.recording = cut(bag.name, series, data)
+        inspection.overlap_s = (begin - inspection.start_ns) / SECOND, (end - inspection.start_ns) / SECOND
+        recording = inspection.recording = cut(bag.name, series, data)
     except Fault as fault:
-        found.faults += map(str, fault.args)
+        inspection.faults += fault.args
         return
-    found.notes = found.recording.notes
+    inspection.notes = recording.notes
     for topic in data.cameras.values():
-        pictures = found.topics[topic].pictures
+        pictures = inspection.topics[topic].pictures
         sizes = {kind.split()[0] for kind in pictures.kinds} if pictures else set()
         if len(sizes) > 1:
-            found.faults.append(
-                f"{topic}: pictures of {' and '.join(sorted(sizes))}; expected one size in a recording: leave it out"
+            inspection.faults.append(
+                f"{topic}: pictures of {' and '.join(sorted(sizes))}; expected one size in a recording; remove it"
             )
-    at = np.concatenate([episode.ticks for episode in found.recording.episodes])
+    at = np.concatenate([episode.ticks for episode in recording.episodes])
     newest = {topic: one.stamps[np.searchsorted(one.stamps, at, side="right") - 1] for topic, one in series.items()}
     state = newest[data.state[0].topic]
-    found.state_minus_image_ms = {camera: Spread.of(state - newest[topic]) for camera, topic in data.cameras.items()}
-    found.state_minus_command_ms = {signal.topic: Spread.of(state - newest[signal.topic]) for signal in data.commands}
-    ticks = found.recording.ticks(data)
-    found.lag = plausibility.lag(ticks, config)
-    found.idle_s = plausibility.idle(ticks, data.fps)
-    found.warnings += [*found.recording.warnings, *plausibility.warnings(ticks, config)]
+    inspection.state_minus_image_ms = {name: Spread.of(state - newest[topic]) for name, topic in data.cameras.items()}
+    inspection.state_minus_command_ms = {s.topic: Spread.of(state - newest[s.topic]) for s in data.commands}
+    ticks = recording.ticks(data)
+    inspection.lag = plausibility.lag(ticks, config)
+    inspection.idle_s = plausibility.idle(ticks, data.fps)
+    inspection.warnings += [*recording.warnings, *plausibility.warnings(ticks, config)]
 
 
-def _topics(found: Inspection, config: Config | None) -> Iterator[str]:
-    """What a topic's stamps and pictures tell, worth a warning."""
-    cameras = set(config.data.cameras.values()) if config else set(found.topics)
-    path = _path_of_the_arm(found, config) if config else None
-    for name, topic in found.topics.items():
-        if found.series and name in found.series and topic.largest_gap and topic.largest_gap.seconds > SILENT_S:
-            held = min(config.data.max_age_ms.get(name, 0) / 1e3, topic.largest_gap.seconds) if config else 0
-            yield (
-                f"{name}: silent for {topic.largest_gap.seconds:.1f} s from t+{topic.largest_gap.at_s:.1f} s: "
-                + (
-                    f"data.max_age_ms holds its last message for {held:.1f} s of that"
-                    if held > SILENT_S
-                    else "the episode is split there; if it is an idle operator, cut the recording"
-                )
+def _topic_warnings(inspection: Inspection, config: Config | None) -> Iterator[str]:
+    """Warnings that the stamps and pictures of the topics give."""
+    used = inspection.series or {}
+    for name, topic in inspection.topics.items():
+        gap, late = topic.largest_gap, topic.header_minus_receive_ms
+        if config and name in used and gap and gap.seconds > SILENT_S:
+            held = min(config.data.max_age_ms.get(name, 0) / 1e3, gap.seconds)
+            yield f"{name}: silent for {gap.seconds:.1f} s from t+{gap.at_s:.1f} s: " + (
+                f"data.max_age_ms holds its last message for {held:.1f} s of that"
+                if held > SILENT_S
+                else "the episode is split there; cut the recording if the operator was idle"
             )
-        late, pictures = topic.header_minus_receive_ms, topic.pictures
-        if late and found.series and name in found.series and topic.clock == "header":
+        if late and name in used and topic.clock == "header":
             if late.median < -LATE_MS:
                 yield (
-                    f"{name}: messages arrive {-late.median:.0f} ms after their header's stamp, and training goes by the header: "
-                    "the robot's node will see them that much later than the policy was trained to, or two clocks differ"
+                    f"{name}: messages arrive {-late.median:.0f} ms after their header stamp, which training uses: the robot's "
+                    "node will see them that much later, or two clocks differ"
                 )
             elif late.median > AHEAD_MS:
                 yield (
-                    f"{name}: messages are stamped {late.median:.0f} ms after they arrived, which cannot be: the clock of their "
-                    "machine is ahead of the recorder's; set both by one time server, and record again"
+                    f"{name}: messages are stamped {late.median:.0f} ms after they arrived, which is impossible: the clock of "
+                    "their machine is ahead; synchronize the clocks and record again"
                 )
-        if not pictures or name not in cameras:
-            continue
-        if pictures.black:
-            yield (
-                f"{name}: {pictures.black} of the {pictures.looked_at} pictures looked at are black: cut the recording, or leave "
-                "it out"
-            )
-        frozen = len(pictures.frozen)
-        if path is not None and frozen:
-            share = path(topic.stamps, np.array(pictures.frozen))
-            if share > FROZEN:
-                yield (
-                    f"{name}: {frozen} of {topic.read} pictures are byte for byte the one before, and {share:.0%} of the arm's "
-                    "motion happens in them: the camera hung or is slower than its topic; leave the recording out"
-                )
-        elif frozen > topic.read / 2:
-            yield f"{name}: {frozen} of {topic.read} pictures are byte for byte the one before: does the camera run?"
-        sizes = {kind.split()[0] for kind in pictures.kinds}
-        if len(pictures.kinds) > 1 and (len(sizes) == 1 or not config):  # else it is a fault
-            kinds = ", ".join(f"{count} of {kind}" for kind, count in pictures.kinds.items())
-            yield f"{name}: pictures of more than one kind: {kinds}; expected one in a recording"
-    for camera, spread in found.state_minus_image_ms.items():
-        period = 1e3 / (found.topics[config.data.cameras[camera]].rate_hz or math.inf) if config else 0
+        if topic.pictures and (config is None or name in config.data.cameras.values()):
+            yield from _picture_warnings(topic, topic.pictures, inspection, config)
+    for camera, spread in inspection.state_minus_image_ms.items():
+        period = 1e3 / (inspection.topics[config.data.cameras[camera]].rate_hz or math.inf) if config else 0
         if abs(spread.median) > period + LATE_MS / 2:
             yield (
-                f"camera {camera}: the picture of a tick is {spread.median:.0f} ms older than its joint states: look whether both "
+                f"camera {camera}: a tick's picture is {spread.median:.0f} ms older than its joint states: check that both "
                 "machines have the same time"
             )
 
 
-def _path_of_the_arm(found: Inspection, config: Config) -> Callable[[np.ndarray, np.ndarray], float] | None:
-    """A function of a camera's stamps (M,) and some of its pictures: the share of the arm's way while those were taken."""
-    if not found.series:
-        return None
+def _picture_warnings(topic: Topic, pictures: Pictures, inspection: Inspection, config: Config | None) -> Iterator[str]:
+    if pictures.black:
+        yield f"{topic.name}: {pictures.black} of {pictures.looked_at} checked pictures are black: cut the recording, or remove it"
+    frozen = f"{topic.name}: {len(pictures.frozen)} of {topic.read} pictures equal the one before, byte for byte"
+    if inspection.series and config and pictures.frozen:
+        share = _share_of_path(inspection.series, config, topic.stamps, np.array(pictures.frozen))
+        if share > FROZEN:
+            yield f"{frozen}, during {share:.0%} of the arm's motion: the camera hung or is slow; remove the recording"
+    elif len(pictures.frozen) > topic.read / 2:
+        yield f"{frozen}: is the camera running?"
+    sizes = {kind.split()[0] for kind in pictures.kinds}
+    if len(pictures.kinds) > 1 and (len(sizes) == 1 or not config):  # several sizes are a fault
+        kinds = ", ".join(f"{count} of {kind}" for kind, count in pictures.kinds.items())
+        yield f"{topic.name}: pictures of several kinds: {kinds}; expected one in a recording"
+
+
+def _share_of_path(series: dict[str, Series], config: Config, stamps: np.ndarray, frozen: np.ndarray) -> float:
+    """The share of the arm's path during the frozen pictures of a camera with stamps (M,)."""
     signal = config.data.state[0]
-    series = found.series[signal.topic]
-    rows = series.values[signal]
+    states, rows = series[signal.topic].stamps, series[signal.topic].values[signal]
     scale = np.maximum(np.ptp(rows, axis=0), 1e-3)
-
-    def share(stamps: np.ndarray, frozen: np.ndarray) -> float:
-        at = rows[np.clip(np.searchsorted(series.stamps, stamps, side="right") - 1, 0, None)]
-        steps = np.abs(np.diff(at, axis=0) / scale).sum(axis=1)
-        return float(steps[frozen - 1].sum() / steps.sum()) if steps.sum() else 0.0
-
-    return share
+    at = rows[np.clip(np.searchsorted(states, stamps, side="right") - 1, 0, None)]
+    steps = np.abs(np.diff(at, axis=0) / scale).sum(axis=1)
+    return float(steps[frozen - 1].sum() / steps.sum()) if steps.sum() else 0.0
 
 
 def _plain(value: Any) -> Any:

@@ -1,6 +1,6 @@
-"""Print the versions of the base image's packages that must stay, as constraints for pip.
+"""Print the versions of the base image's packages that must not change, as constraints for pip.
 
-Not from `pip freeze`: what was installed from a local wheel stands there as `torch @ file:///...`.
+Not `pip freeze`: it prints packages from local wheels as `torch @ file:///...`.
 """
 
 from importlib.metadata import version

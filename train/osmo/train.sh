@@ -1,41 +1,41 @@
 #!/usr/bin/env bash
-# What each node of osmo-workflow.yaml runs: go on from the run's checkpoints, train, hand over the policy.
+# What each node of osmo-workflow.yaml runs: resume from the run's checkpoints, train, upload the policy.
 #
 #   bash train.sh "key=value ..."       with the environment that osmo-workflow.yaml sets
 #
-# Ends as train.py does: 0 trained, 3 trained without bad recordings, 1 something to mend, 75 to be run again. No two braces, nor one before # or %, in this
-# file: the server renders it as a template.
+# Exit codes: 0 trained; 3 trained, faulty recordings skipped; 1 error to fix; 75 interrupted, run again to resume.
+# No two braces, nor one before # or %, in this file: the server renders it as a template.
 set -euo pipefail
 cd "$(dirname "$0")"
 mkdir -p "$CHECKPOINTS"
-python train.py --help >/dev/null # an image or a script that is broken is to be mended, not run again
+python train.py --help >/dev/null # a broken image or script must not be run again
 
-arrived() { # OSMO's download says nothing with its exit code when files failed: are all of URL $1, by regex $3, in folder $2?
+arrived() { # OSMO's download exits with 0 when files failed: are all of URL $1, by regex $3, in folder $2?
   local listed expected found
   listed=$(osmo data list "$1" -r --no-pager -x "$3" 2>&1) || {
-    echo "note: $1 cannot be listed from here, so it is not known whether all of it arrived"
+    echo "note: $1 cannot be listed from here; not checked whether all of it arrived"
     return 0
   }
   expected=$(sed -n 's/^Total \([0-9]*\) objects* found$/\1/p' <<<"$listed")
   found=$(find "$2" -type f | wc -l)
   if [ "$found" -lt "${expected:-0}" ]; then
-    echo "error: $1: only $found of $expected files arrived in $2; to be run again" >&2
+    echo "error: $1: only $found of $expected files arrived in $2; run it again" >&2
     exit 75
   fi
 }
 if [ -n "$BAGS_URL" ]; then arrived "$BAGS_URL" "$BAGS" "$BAGS_REGEX"; fi
 
 if [ "$NODE" = 0 ]; then
-  # A failing upload of checkpoints is silent, or ends the training with hardly a word: so say it before the first step.
+  # A failing upload of checkpoints is silent, or ends the training: so check it before the first step.
   access=$(osmo data check "$RUN_URL" --access-type WRITE 2>&1) && code=0 || code=$?
-  if [ "$code" = 10 ] || [ "$code" = 75 ]; then # the server is away, or busy: OSMO waits for it
-    echo "note: $RUN_URL: it is not known whether checkpoints can be uploaded there (${access//$'\n'/ })"
+  if [ "$code" = 10 ] || [ "$code" = 75 ]; then # the server is down or busy: OSMO waits for it
+    echo "note: $RUN_URL: not checked whether checkpoints can be uploaded there (${access//$'\n'/ })"
   elif [[ $access != *'"status": "pass"'* ]]; then
-    echo "error: $RUN_URL: checkpoints could not be uploaded there (${access//$'\n'/ }); is the container or bucket there," \
-      "and may your DATA credential write to it (osmo credential list)?" >&2
+    echo "error: $RUN_URL: checkpoints cannot be uploaded there (${access//$'\n'/ }); check that the container or bucket exists" \
+      "and that your DATA credential may write to it (osmo credential list)" >&2
     exit 1
   fi
-  # Checkpoints that are here already are newer: OSMO may run this again in the same pod.
+  # Checkpoints in the pod are newer: OSMO may run this again in the same pod.
   if [ -z "$(python -m training.run_folder "$CHECKPOINTS" 2>/dev/null)" ]; then
     arrived "$RUN_URL/checkpoints" "$BEFORE" '.*'
     if [ -f "$BEFORE/metrics.jsonl" ]; then cp "$BEFORE/metrics.jsonl" "$CHECKPOINTS/"; fi
@@ -50,7 +50,7 @@ fi
 
 parsed=$(mktemp)
 xargs -r printf '%s\0' <<<"${1:-}" >"$parsed" || { # shell quotes, no expansion
-  echo "error: settings: $1: cannot be parsed; is a quote left open?" >&2
+  echo "error: settings: $1: cannot parse; is a quote left open?" >&2
   exit 1
 }
 mapfile -d '' -t settings <"$parsed"
@@ -68,7 +68,7 @@ else
   EXIT_CODE_FILE=$(mktemp)
   export EXIT_CODE_FILE
   torchrun "${place[@]}" --nproc_per_node "$processes" train.py --config osmo-config.yaml "${settings[@]}" || status=$?
-  # torchrun ends with 1, whatever its processes ended with; those that were stopped, killed or robbed of another node say nothing
+  # torchrun ends with 1 whatever its processes ended with; stopped or killed ones write no code
   if [ -s "$EXIT_CODE_FILE" ]; then
     status=$(<"$EXIT_CODE_FILE")
   elif [ "$status" != 0 ]; then

@@ -1,1 +1,1 @@
-"""A checkpoint to actions. A robot loads it without rosbags; imports act_model, dataset.normalize, recordings.images."""
+"""A checkpoint to actions; a robot loads it without rosbags. May import the ground, act_model, dataset.normalize, recordings.images."""

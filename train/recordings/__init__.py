@@ -1,1 +1,1 @@
-"""Bags to episodes: storage files, topics, signals, pictures. No torch here; imports faults, files and config."""
+"""Bags to episodes: storage files, topics, signals, pictures. May import the ground; no torch."""

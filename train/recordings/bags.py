@@ -1,52 +1,37 @@
-"""Rosbags as messages: recordings found in a folder, topics read whole, every fault named.
+"""Rosbags as messages: find recordings in a folder, read topics, decode messages. Every fault is named.
 
-The storage files themselves are opened with the low-level readers of the rosbags library, one by one: its reader of
-folders drops a topic without a word where metadata.yaml and storage differ in QoS, and its AnyReader refuses a bag for
-one bad definition of a topic nobody asked for. What is read is counted against what was declared.
+storage.py reads and checks the files; the rosbags library knows the message types.
 """
 
 from __future__ import annotations
 
-import functools
 import os
-import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from shutil import copyfileobj
+from typing import Any, BinaryIO, NamedTuple
 
-import apsw
 import yaml
-from rosbags import rosbag1, rosbag2
-from rosbags.interfaces import Connection, MessageDefinitionFormat
 from rosbags.typesys import Stores, get_types_from_idl, get_types_from_msg, get_typestore
 
 from faults import Fault, NoRoom
-from recordings.chunks import ZSTD_MAGIC, zstd
+from recordings.storage import ZSTD_MAGIC, Connection, Storage, Unreadable, open_storage, zstd
 
 STORAGES = (".mcap", ".db3", ".bag")
 UNREADABLE = {
-    ".active": "the recorder did not finish it; `rosbag reindex` it and drop the .active",
-    ".zst": "unpack it first: `zstd -d`",
+    ".active": "its recorder did not finish it; `rosbag reindex` it and remove the .active",
+    ".zst": "decompress it first: `zstd -d`",
 }
-# alike in every release, and with fields that are named here: another definition of them is a damaged one
-SETTLED = {
+REMEDIES = {".mcap": "`mcap recover`", ".db3": "`sqlite3 FILE .recover`", ".bag": "`rosbag reindex`"}
+# these types are the same in every release: another definition of them is a damaged one
+FIXED_TYPES = {
     *(f"sensor_msgs/msg/{name}" for name in ("JointState", "Image", "CompressedImage")),
     *(f"trajectory_msgs/msg/{name}" for name in ("JointTrajectory", "JointTrajectoryPoint")),
     *("std_msgs/msg/Header", "builtin_interfaces/msg/Time", "builtin_interfaces/msg/Duration"),
 }
-REMEDIES = {".mcap": "`mcap recover`", ".db3": "`sqlite3 ... .recover`", ".bag": "`rosbag reindex`"}
-
-
-def _hide_undefined(database: apsw.Connection) -> None:
-    """rosbags fails on the encoding, "unknown" or none, by which recorders say that they found no definition of a type."""
-    known = "SELECT * FROM main.message_definitions WHERE encoding IN ('ros2msg', 'ros2idl')"
-    database.execute(f"CREATE TEMP VIEW message_definitions AS {known}")
-
-
-apsw.connection_hooks.append(_hide_undefined)
 
 
 class Bag(NamedTuple):
@@ -57,25 +42,15 @@ class Bag(NamedTuple):
     declared: dict[str, int]  # topic: messages; empty without a metadata.yaml
 
 
-class Storage(NamedTuple):
-    """One storage file, open."""
-
-    connections: list[Connection]  # topics, their types and how many messages are stored
-    raw: Iterator[tuple[Connection, int, bytes]]  # every message with its receive stamp in ns, not decoded
-    decoder: Callable[
-        [Connection], Callable[[Connection, bytes, str], Any]
-    ]  # of a topic; a Fault where its type is unknown
-
-
 class Message(NamedTuple):
-    """One message, as it is stored."""
+    """One message, not decoded."""
 
     bag: str
     topic: str
     number: int  # within its topic
     msgtype: str
     receive_ns: int
-    seconds: float  # since the bag's begin
+    seconds: float  # since the bag's first message
     raw: bytes
     decode: Callable[[bytes], Any]
 
@@ -85,19 +60,23 @@ class Message(NamedTuple):
         return f"{self.bag}: {self.topic}: message {self.number} at t+{self.seconds:.3f} s"
 
     def content(self) -> Any:
-        """The message, decoded by the definition in the bag or by the standard one; Fault where it does not decode."""
-        return _decoded(self.decode, self.raw, self.place, self.msgtype)
+        """The decoded message. Raises Fault, without its place."""
+        try:
+            return self.decode(self.raw)
+        except Exception as error:  # rosbags raises many kinds for damaged bytes
+            raise Fault(
+                f"does not decode as {self.msgtype} ({_brief(error)}); the file is damaged: copy it again"
+            ) from None
 
 
 def find_bags(folder: Path) -> tuple[list[Bag], list[str]]:
-    """All recordings below a folder (or the one at a path), sorted by name, and the faults of those that cannot be told.
+    """All recordings below a folder (or the one at a path), sorted by name, and the faults of broken ones.
 
-    A folder with a metadata.yaml is one recording, of one or many files; without one each storage file is a recording.
+    A folder with a metadata.yaml is one recording of one or many files; without it each storage file is a recording.
     """
     if not folder.exists():
         raise Fault(
-            f"data.bag_dir: {folder} does not exist; set it to the folder of your recordings, "
-            "or try `make -C train demo`, which records some by itself"
+            f"data.bag_dir: {folder} does not exist; set it to the folder of your recordings, or try `make -C train demo`"
         )
     paths = [folder] if folder.is_file() else _files(folder)
     described = set() if folder.is_file() else {path.parent for path in paths if path.name == "metadata.yaml"}
@@ -107,7 +86,7 @@ def find_bags(folder: Path) -> tuple[list[Bag], list[str]]:
     for path in paths:
         try:
             if path.suffix in UNREADABLE and path.with_suffix("").suffix in STORAGES:
-                raise Fault(f"{path}: cannot be read as it is: {UNREADABLE[path.suffix]}")
+                raise Fault(f"{path}: {UNREADABLE[path.suffix]}")
             if path.name == "metadata.yaml" and path.parent in described:
                 bags.append(_described_bag(path, str(path.parent.relative_to(root))))
             elif _is_storage(path) and path.parent not in described:
@@ -115,33 +94,37 @@ def find_bags(folder: Path) -> tuple[list[Bag], list[str]]:
         except Fault as fault:
             faults += fault.args
     if not bags and not faults:
-        raise Fault(f"data.bag_dir: {folder} holds no recording; expected files ending in {', '.join(STORAGES)}")
+        raise Fault(f"data.bag_dir: {folder} has no recordings; expected files ending in {', '.join(STORAGES)}")
     return sorted(bags), faults
 
 
 def _files(folder: Path) -> list[Path]:
-    """All files below a folder, through links, without what is hidden; each once, though `latest` may lead to it, too."""
-    found: dict[str, Path] = {}
+    """All files below a folder, each once; links are followed, hidden files are not."""
+    paths: dict[str, Path] = {}  # by the real path
     seen: set[str] = set()
     for parent, folders, files in os.walk(folder, followlinks=True):
         links_last = sorted((Path(parent, name) for name in (*folders, *files)), key=Path.is_symlink)
         shown = [path for path in links_last if not path.name.startswith(".")]
-        here, below = os.path.realpath(parent), set(folders)
-        folders[:] = [path.name for path in shown if path.name in below and here not in seen]
-        seen.add(here)
+        real_parent, subfolders = os.path.realpath(parent), set(folders)
+        folders[:] = [path.name for path in shown if path.name in subfolders and real_parent not in seen]
+        seen.add(real_parent)
         for path in shown:
-            if path.name not in below:
-                found.setdefault(os.path.realpath(path), path)
-    return sorted(found.values())
+            if path.name not in subfolders:
+                paths.setdefault(os.path.realpath(path), path)
+    return sorted(paths.values())
 
 
 def _is_storage(path: Path) -> bool:
-    return Path(path.name.removesuffix(".zstd")).suffix in STORAGES
+    return _storage_suffix(path) in STORAGES
+
+
+def _storage_suffix(path: Path) -> str:
+    return Path(path.name.removesuffix(".zstd")).suffix
 
 
 def _described_bag(metadata: Path, name: str) -> Bag:
     """The recording that a metadata.yaml describes."""
-    advice = "`ros2 bag reindex` the folder, or remove the file and each storage file counts as a recording"
+    advice = "`ros2 bag reindex` the folder, or remove metadata.yaml to read each file as a recording"
     try:
         info = yaml.safe_load(metadata.read_text())["rosbag2_bagfile_information"]
         files = tuple(metadata.parent / Path(file).name for file in info["relative_file_paths"])
@@ -149,207 +132,144 @@ def _described_bag(metadata: Path, name: str) -> Bag:
             topic["topic_metadata"]["name"]: topic["message_count"] for topic in info["topics_with_message_count"]
         }
     except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError) as error:
-        raise Fault(f"{metadata}: is broken ({_brief(error)}); {advice}") from None
+        raise Fault(f"{metadata}: cannot read ({_brief(error)}); {advice}") from None
     missing = [file.name for file in files if not file.exists()]
     if missing or not files:
-        raise Fault(
-            f"{metadata}: names {', '.join(missing) or 'no file'}, which is not there; copy the whole recording, or {advice}"
-        )
-    beside = [path for path in _files(metadata.parent) if path.parent == metadata.parent and _is_storage(path)]
-    if unlisted := [path.name for path in beside if path not in files]:
-        raise Fault(f"{metadata}: does not name {', '.join(unlisted)}, which lies beside it; move it away, or {advice}")
+        raise Fault(f"{metadata}: missing file: {', '.join(missing) or 'all'}; copy the whole recording, or {advice}")
+    siblings = [path for path in _files(metadata.parent) if path.parent == metadata.parent and _is_storage(path)]
+    if unlisted := [path.name for path in siblings if path not in files]:
+        raise Fault(f"{metadata}: does not list {', '.join(unlisted)}; move the file away, or {advice}")
     return Bag(name, files, declared)
 
 
 def read_messages(bag: Bag, topics: Collection[str]) -> Iterator[Message]:
-    """The messages of some topics of a bag in the order they were received.
+    """The messages of some topics of a bag, in receive order; every file is read to its end and checked.
 
-    Raises Fault where a topic is missing or empty, a file cannot be read, or fewer messages come than were declared.
+    Raises Fault if a file is damaged, a topic is missing, empty or of two types, or metadata.yaml declares another count.
     """
     read: Counter[str] = Counter()
-    stored: Counter[str] = Counter()
-    seen: dict[str, set[str]] = {}
-    start_ns = 0
+    types: dict[str, set[str]] = {}
+    start_ns: int | None = None
     for file in bag.files:
-        with _opened(file) as reader:
-            connections = [c for c in reader.connections if c.topic in topics]
-            decoders = _decoders(file, connections, ros1=file.suffix == ".bag")
-            for connection in reader.connections:
-                stored[connection.topic] += connection.msgcount
-                seen.setdefault(connection.topic, set()).add(full_name(connection.msgtype))
-            start_ns = start_ns or reader.start_time
-            # an empty filter would read the whole bag
-            for connection, receive_ns, raw in _guarded(reader.messages(connections) if connections else (), file):
-                topic, seconds = connection.topic, (receive_ns - start_ns) / 1e9
-                msgtype, decode = decoders[connection.id]
+        decoders: dict[int, Callable[[bytes], Any]] = {}
+        with opened(file) as storage:
+            for connection, receive_ns, raw in storage.messages():
+                start_ns = receive_ns if start_ns is None else start_ns
+                topic, msgtype = connection.topic, full_name(connection.msgtype)
+                if topic not in topics:
+                    continue
+                if connection.id not in decoders:
+                    decoders[connection.id] = decoder(file, connection)
+                seconds, decode = (receive_ns - start_ns) / 1e9, decoders[connection.id]
                 yield Message(bag.name, topic, read[topic], msgtype, receive_ns, seconds, raw, decode)
                 read[topic] += 1
+            for connection in storage.connections.values():
+                types.setdefault(connection.topic, set()).add(full_name(connection.msgtype))
     faults = []
     for topic in topics:
-        if topic not in seen:
-            there = ", ".join(f"{name} ({'/'.join(sorted(kinds))})" for name, kinds in sorted(seen.items())) or "none"
-            faults.append(f"{bag.name}: {topic}: no such topic; topics that are there: {there}")
-        elif len(seen[topic]) > 1:
-            faults.append(f"{bag.name}: {topic}: carries two types, {' and '.join(sorted(seen[topic]))}; expected one")
-        elif wrong := miscounted(bag, topic, read[topic], stored[topic]):
-            faults.append(wrong)
+        if topic not in types:
+            known = ", ".join(f"{name} ({'/'.join(sorted(kinds))})" for name, kinds in sorted(types.items())) or "none"
+            faults.append(f"{bag.name}: {topic}: no such topic; topics in the bag: {known}")
+        elif len(types[topic]) > 1:
+            faults.append(f"{bag.name}: {topic}: two types, {' and '.join(sorted(types[topic]))}; expected one")
+        elif fault := miscounted(bag, topic, read[topic]):
+            faults.append(fault)
         elif not read[topic]:
-            faults.append(f"{bag.name}: {topic}: holds no message; record it again or leave the recording out")
+            faults.append(f"{bag.name}: {topic}: has no messages; re-record or remove it")
     if faults:
         raise Fault(*faults)
 
 
-def miscounted(bag: Bag, topic: str, read: int, stored: int) -> str:
-    """In words, that another number of messages came than the storage counts, or metadata.yaml declares; else nothing."""
-    if read != stored:
-        return f"{bag.name}: {topic}: {read} messages read, {stored} stored; the file is damaged: copy it again"
-    if bag.declared and read != bag.declared.get(topic, 0):
-        return (
-            f"{bag.name}: {topic}: {read} messages read, metadata.yaml declares {bag.declared.get(topic, 0)}; if the "
-            "storage is right, `ros2 bag reindex` the folder"
-        )
-    return ""
+def miscounted(bag: Bag, topic: str, read: int) -> str:
+    """The fault of a topic whose number of messages differs from metadata.yaml; empty if it does not."""
+    if not bag.declared or read == bag.declared.get(topic, 0):
+        return ""
+    return (
+        f"{bag.name}: {topic}: {read} messages read, metadata.yaml declares {bag.declared.get(topic, 0)}; copy the "
+        "recording again, or `ros2 bag reindex` its folder"
+    )
 
 
 @contextmanager
-def open_storage(file: Path) -> Iterator[Storage]:
-    """A storage file with the messages of all its topics, those of unknown types too. Raises Fault, as reading does.
-
-    A message may still be packed, see `plain`.
-    """
-
-    def decoder(connection: Connection) -> Callable[[Connection, bytes, str], Any]:
-        msgtype, decode = _decoders(file, [connection], ros1=file.suffix == ".bag")[connection.id]
-        return lambda _, raw, place: _decoded(decode, raw, place, msgtype)
-
-    with _opened(file) as reader:
-        yield Storage(list(reader.connections), _guarded(reader.messages(), file), decoder)
-
-
-@contextmanager
-def _opened(file: Path) -> Iterator[rosbag1.Reader | rosbag2.Reader]:
-    """A storage file, opened."""
+def opened(file: Path) -> Iterator[Storage]:
+    """An open storage file, decompressed if it ends in .zstd. Raises Fault, also for what its messages() raises."""
     wal = file.with_name(file.name + "-wal")
     if wal.exists() and wal.stat().st_size:
-        raise Fault(
-            f"{wal}: the recorder left messages here that no reader would see; merge them first: "
-            f"`sqlite3 {file.name} 'pragma wal_checkpoint(truncate)'`"
-        )
-    try:
-        if not file.stat().st_size:
-            raise Fault(f"{file}: is empty (0 bytes); copy it again or remove it")
-    except OSError as error:
-        raise Fault(f"{file}: cannot be read ({error.strerror}); copy it again or remove it") from None
-    with unpacked(file) as plain:
+        merge = f"sqlite3 {file.name} 'pragma wal_checkpoint(truncate)'"
+        raise Fault(f"{wal}: has messages that are not in {file.name}; merge them: `{merge}`")
+    with ExitStack() as stack:
         try:
-            reader = rosbag1.Reader(plain) if plain.suffix == ".bag" else rosbag2.Reader(plain)
-            reader.open()
-        except Exception as error:  # the library raises whatever a damaged file provokes
-            raise Fault(
-                f"{file}: cannot be opened ({_brief(error)}); copy it again, try {_remedy(file)}, or remove it"
-            ) from None
-        try:
-            if odd := [c for c in reader.connections if not (isinstance(c.topic, str) and isinstance(c.msgtype, str))]:
-                raise Fault(
-                    f"{file}: has a topic named {odd[0].topic!r} of type {odd[0].msgtype!r}; expected two names: the file is "
-                    "damaged: copy it again, or leave it out"
-                )
-            yield reader
-        finally:
-            reader.close()
-
-
-@contextmanager
-def unpacked(file: Path) -> Iterator[Path]:
-    """The file itself, or what is in a .zstd file, in the temporary folder for as long as it is read. Raises Fault."""
-    if file.suffix != ".zstd":
-        yield file
-        return
-    with tempfile.TemporaryDirectory(prefix="rosbag-") as folder:
-        plain = Path(folder, file.stem)
-        try:
-            with zstd.open(file, "rb") as packed, plain.open("wb") as content:
-                shutil.copyfileobj(packed, content, 1 << 20)
-        except (zstd.ZstdError, EOFError) as error:
-            raise Fault(f"{file}: cannot be unpacked ({_brief(error)}); it is cut short: copy it again") from None
+            content: BinaryIO = stack.enter_context(file.open("rb"))
+            if not file.stat().st_size:
+                raise Fault(f"{file}: is empty (0 bytes); copy it again or remove it")
+            if file.suffix == ".zstd":
+                content = _decompressed(file, content, stack)
         except OSError as error:
-            raise NoRoom(
-                f"{file}: cannot be unpacked to {folder} ({error.strerror}); free some, or set TMPDIR"
-            ) from None
-        yield plain
-
-
-def _guarded(messages: Any, file: Path) -> Iterator[tuple[Connection, int, bytes]]:
-    """The reader's messages, with its errors turned into faults."""
-    try:
-        for connection, receive_ns, raw in messages:
-            if not isinstance(receive_ns, int) or not isinstance(raw, bytes):
-                raise ValueError(f"a message of {connection.topic} that is a {type(raw).__name__} at {receive_ns!r}")
-            yield connection, receive_ns, raw
-    except Exception as error:
-        raise Fault(
-            f"{file}: cannot be read to its end ({_brief(error)}); copy it again, try {_remedy(file)}, or remove it"
-        ) from None
-
-
-def _remedy(file: Path) -> str:
-    """A tool that mends such a file."""
-    suffix = Path(file.name.removesuffix(".zstd")).suffix
-    return REMEDIES.get(suffix, f"one of {', '.join(STORAGES)}")
-
-
-def _decoders(file: Path, connections: list[Connection], ros1: bool) -> dict[int, tuple[str, Callable[[bytes], Any]]]:
-    """By connection, its type and a function from a raw message to its content.
-
-    Types come from the bag's definitions; standard ones that it does not define, and SETTLED, from ROS 2 Humble or ROS 1 Noetic.
-    """
-    store = get_typestore(Stores.ROS1_NOETIC if ros1 else Stores.ROS2_HUMBLE)
-    for connection in connections:
-        name, definition = full_name(connection.msgtype), connection.msgdef
-        if name in SETTLED:
-            continue
+            raise Fault(f"{file}: cannot read ({error.strerror}); copy it again or remove it") from None
         try:
-            if definition.format == MessageDefinitionFormat.NONE:
-                raise ValueError("the bag holds no definition of it")
-            idl = definition.format == MessageDefinitionFormat.IDL
-            found = get_types_from_idl(definition.data) if idl else get_types_from_msg(definition.data, name)
-            standard = found.keys() & store.fielddefs.keys()
-            for key in standard - SETTLED:  # they grow from release to release
+            yield open_storage(content, _storage_suffix(file))
+        except Unreadable as error:
+            what, *fix = error.args
+            remedy = REMEDIES.get(_storage_suffix(file), f"one of {', '.join(STORAGES)}")
+            raise Fault(f"{file}: {what}; {fix[0] if fix else f'copy it again, try {remedy}, or remove it'}") from None
+
+
+def _decompressed(file: Path, content: BinaryIO, stack: ExitStack) -> BinaryIO:
+    """The content of a .zstd file, in the temporary folder until the stack is closed."""
+    folder = tempfile.gettempdir()
+    try:
+        plain: Any = stack.enter_context(tempfile.NamedTemporaryFile(prefix="rosbag-"))  # noqa: SIM115
+        with zstd.open(content, "rb") as unpacked:
+            copyfileobj(unpacked, plain, 1 << 20)
+        plain.flush()
+    except (zstd.ZstdError, EOFError) as error:
+        raise Fault(f"{file}: cannot decompress ({_brief(error)}); it is truncated: copy it again") from None
+    except OSError as error:
+        raise NoRoom(
+            f"{file}: cannot decompress to {folder} ({error.strerror}); free some space, or set TMPDIR"
+        ) from None
+    return plain
+
+
+def decoder(file: Path, connection: Connection) -> Callable[[bytes], Any]:
+    """A function from a raw message of a connection to its content. Raises Fault if its type is unknown.
+
+    The definition in the bag counts; without one, and for FIXED_TYPES, that of ROS 2 Humble or ROS 1 Noetic.
+    """
+    name, place = full_name(connection.msgtype), f"{file}: {connection.topic}"
+    if connection.serialization not in ("cdr", "ros1", ""):
+        raise Fault(
+            f"{place}: messages are {connection.serialization}, not ROS; expected cdr or ros1; record them by ros2 bag, or "
+            "remove the topic from the configuration"
+        )
+    ros1 = connection.serialization == "ros1"
+    store = get_typestore(Stores.ROS1_NOETIC if ros1 else Stores.ROS2_HUMBLE)
+    if name not in FIXED_TYPES:
+        try:
+            if connection.encoding not in ("ros2msg", "ros2idl", "omgidl", "ros1msg"):
+                raise ValueError("the bag has no definition of it")
+            is_idl = connection.encoding.endswith("idl")
+            text = connection.definition
+            types = get_types_from_idl(text) if is_idl else get_types_from_msg(text, name)
+            for key in types.keys() & store.fielddefs.keys() - FIXED_TYPES:  # types grow from release to release
                 del store.fielddefs[key], store.types[key]
-            store.register({key: value for key, value in found.items() if key not in store.fielddefs})
+            store.register({key: value for key, value in types.items() if key not in store.fielddefs})
         except Exception as error:
-            if name in store.fielddefs:
-                continue
-            raise Fault(
-                f"{file}: {connection.topic}: its type {name} cannot be understood ({_brief(error)}); "
-                "record it with its definition, or leave the topic out"
-            ) from None
-
-    def decode(msgtype: str, raw: bytes) -> Any:
-        return (store.deserialize_ros1 if ros1 else store.deserialize_cdr)(_plain(raw), msgtype)
-
-    types = {connection.id: full_name(connection.msgtype) for connection in connections}
-    return {number: (msgtype, functools.partial(decode, msgtype)) for number, msgtype in types.items()}
+            if name not in store.fielddefs:
+                advice = "record it with its definition, or remove the topic from the configuration"
+                raise Fault(f"{place}: unknown type {name} ({_brief(error)}); {advice}") from None
+    deserialize = store.deserialize_ros1 if ros1 else store.deserialize_cdr
+    return lambda raw: deserialize(plain(raw), name)
 
 
-def plain(raw: bytes, place: str) -> bytes:
-    """A message as it was sent. Raises Fault where it was packed alone (compression mode MESSAGE), and does not unpack."""
+def plain(raw: bytes) -> bytes:
+    """A message as it was sent: compression mode MESSAGE compresses each alone. Raises Fault."""
+    if raw[:4] != ZSTD_MAGIC:  # no CDR or ROS 1 message that is read here begins so
+        return raw
     try:
-        return _plain(raw)
+        return zstd.decompress(raw)
     except zstd.ZstdError as error:
-        raise Fault(f"{place}: does not unpack ({_brief(error)}); the file is damaged: copy it again") from None
-
-
-def _plain(raw: bytes) -> bytes:
-    return zstd.decompress(raw) if raw[:4] == ZSTD_MAGIC else raw  # no CDR or ROS 1 message of ours begins so
-
-
-def _decoded(decode: Callable[[bytes], Any], raw: bytes, place: str, msgtype: str) -> Any:
-    """The content of a message. Raises Fault where it does not decode."""
-    try:
-        return decode(raw)
-    except Exception as error:
-        raise Fault(f"{place}: does not decode as {msgtype} ({_brief(error)}); the file is damaged") from None
+        raise Fault(f"cannot decompress ({_brief(error)}); the file is damaged: copy it again") from None
 
 
 def _brief(error: Exception) -> str:
@@ -359,5 +279,5 @@ def _brief(error: Exception) -> str:
 
 
 def full_name(msgtype: str) -> str:
-    """`sensor_msgs/Image`, as recorders of 2019 wrote it, is `sensor_msgs/msg/Image`."""
+    """`sensor_msgs/Image`, as ROS 1 and recorders of 2019 write it, is `sensor_msgs/msg/Image`."""
     return msgtype if msgtype.count("/") != 1 else msgtype.replace("/", "/msg/")

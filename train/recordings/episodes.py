@@ -1,7 +1,7 @@
-"""A recording as episodes on one grid of ticks: state, action and which picture was the newest.
+"""A recording as episodes on one grid of ticks: state, action and the newest picture at each tick.
 
-At each tick the newest message of each topic that is not after it is taken: what the robot's own node would have seen.
-Where one is too old the episode is split, never filled in.
+Each tick takes the newest message of each topic that is not after it: what the robot's own node would have seen. Where
+one is too old, the episode is split; nothing is filled in.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from recordings.images import at_size
 from recordings.plausibility import Ticks
 from recordings.signals import Series, jumps, read_series
 
-WORTH_SAYING_NS = 500_000_000
-DECODERS = 2  # threads that decode pictures; OpenCV lets go of the interpreter while it does
+WORTH_A_NOTE_NS = 500_000_000
+DECODERS = 2  # threads that decode pictures; OpenCV releases the GIL
 
 
 class Episode(NamedTuple):
@@ -30,98 +30,89 @@ class Episode(NamedTuple):
     ticks: np.ndarray  # (N,) int64, ns
     state: np.ndarray  # (N, S) float32, the robot's units
     action: np.ndarray  # (N, A) float32
-    frames: dict[str, np.ndarray]  # camera: (N,) int64, the number of its message within the bag
+    frames: dict[str, np.ndarray]  # camera: (N,) int64, the number of its message in the bag
 
 
 class Recording(NamedTuple):
-    """The episodes of one bag and what there is to say of them."""
+    """The episodes of one bag, and what to know about them."""
 
     episodes: list[Episode]
     state_names: tuple[str, ...]
     action_names: tuple[str, ...]
-    notes: list[str]  # clocks, splits and what was dropped, in words
-    warnings: list[str]  # what the messages show, and the ticks no longer do
+    notes: list[str]  # clocks, splits and skipped data, in words
+    warnings: list[str]  # faults of the messages that the ticks no longer show
 
     def ticks(self, data: Data) -> Ticks:
-        """Its episodes, one after the other, for plausibility."""
+        """The episodes, concatenated, for plausibility."""
         state = np.concatenate([episode.state for episode in self.episodes])
         action = np.concatenate([episode.action for episode in self.episodes])
-        return Ticks(
-            state,
-            action + state if data.action.as_ == "delta" else action,
-            {camera: np.concatenate([episode.frames[camera] for episode in self.episodes]) for camera in data.cameras},
-            [len(episode.state) for episode in self.episodes],
-            self.state_names,
-            self.action_names,
-        )
+        target = action + state if data.action.as_ == "delta" else action
+        frames = {name: np.concatenate([episode.frames[name] for episode in self.episodes]) for name in data.cameras}
+        lengths = [len(episode.state) for episode in self.episodes]
+        return Ticks(state, target, frames, lengths, self.state_names, self.action_names)
 
 
 def read_recording(bag: Bag, data: Data) -> Recording:
-    """The episodes of a bag. Raises Fault with all that is wrong with it."""
+    """The episodes of a bag. Raises Fault with everything wrong with it."""
     return cut(bag.name, read_series(bag, {*data.state, *data.commands}, set(data.cameras.values())), data)
 
 
 def cut(name: str, series: dict[str, Series], data: Data) -> Recording:
-    """The episodes of a bag's topics. Raises Fault where there is none."""
-    commands = data.commands
-    found = [jumps(series[signal.topic], signal) for signal in dict.fromkeys((*data.state, *commands))]
-    if spikes := [spike for some, _ in found for spike in some]:
-        advice = "and back; no arm can: its driver or the file is at fault: cut the recording, or leave it out"
-        raise Fault(*(f"{name}: {spike} {advice}" for spike in spikes))
-    advice = (
-        "and stays; no arm can: was it reset, or is it a turn of 2 pi? Cut the recording there, or unwrap the joint"
-    )
-    warnings = [f"{step} {advice}" for _, some in found[: len(data.state)] for step in some]  # a command may step
+    """The episodes of a bag's topics. Raises Fault if there is none."""
+    warnings = _check_jumps(name, series, data)
     ticks = _grid(name, series, data.fps)
     newest, fresh, notes = _newest(series, ticks, data)
-    notes += _left_out(series)
+    notes += _unused(series)
 
-    def gather(signals: tuple[Signal, ...]) -> tuple[np.ndarray, tuple[str, ...]]:
+    def at_ticks(signals: tuple[Signal, ...]) -> tuple[np.ndarray, tuple[str, ...]]:
         rows = [series[s.topic].values[s][newest[s.topic]] for s in signals]
         return np.concatenate(rows, axis=1), tuple(name for s in signals for name in series[s.topic].names[s])
 
-    state, state_names = gather(data.state)  # (N, S) float64
-    target, action_names = gather(commands) if commands else (state[1:], state_names)
-    if data.action.as_ == "delta" and target.shape[1] != state.shape[1]:
-        raise Fault(
-            f"{name}: data.action.as: a delta needs as many commands as states; found {target.shape[1]} "
-            f"({', '.join(action_names)}) for {state.shape[1]} ({', '.join(state_names)})"
-        )
+    state, state_names = at_ticks(data.state)  # (N, S) float64
+    target, action_names = at_ticks(data.commands) if data.commands else (state[1:], state_names)
     if data.action.as_ == "delta" and action_names != state_names:
-        if set(action_names) == set(state_names):
-            raise Fault(
-                f"{name}: data.action.as: a delta takes the state from the command, place by place; found commands of "
-                f"{', '.join(action_names)} and a state of {', '.join(state_names)}; give both in one order"
-            )
-        pairs = ", ".join(f"{a} - {s}" for a, s in zip(action_names, state_names, strict=True))
+        pairs = ", ".join(f"{a} - {s}" for a, s in zip(action_names, state_names, strict=False))
+        if len(action_names) != len(state_names) or set(action_names) == set(state_names):
+            expected = "a delta needs one command for each state, in the same order"
+            names = f"commands {', '.join(action_names)}, states {', '.join(state_names)}"
+            raise Fault(f"{name}: data.action.as: {expected}; found {names}; list both in one order")
         notes.append(f"deltas are {pairs}")
     episodes, dropped = [], 0
     for start, stop in _runs(fresh):
         if stop - start < 2:
             dropped += stop - start
             continue
-        if not commands:
+        if not data.commands:
             stop -= 1  # the last tick has no next state
         action = target[start:stop] - state[start:stop] if data.action.as_ == "delta" else target[start:stop]
         frames = {camera: newest[topic][start:stop] for camera, topic in data.cameras.items()}
-        episodes.append(
-            Episode(ticks[start:stop], state[start:stop].astype(np.float32), action.astype(np.float32), frames)
-        )
+        rows = state[start:stop].astype(np.float32), action.astype(np.float32)
+        episodes.append(Episode(ticks[start:stop], *rows, frames))
     if dropped:
-        notes.append(f"{dropped} lone ticks between gaps dropped")
+        notes.append(f"dropped {dropped} single ticks between gaps")
     if not episodes:
         raise Fault(
-            f"{name}: holds no episode of at least two ticks at {data.fps:g} Hz ({len(ticks)} in the time that all topics "
-            f"share{''.join('; ' + note for note in notes)}); leave it out, or allow older messages by data.max_age_ms"
+            f"{name}: no episode of at least two ticks at {data.fps:g} Hz ({len(ticks)} ticks in the common time"
+            f"{''.join('; ' + note for note in notes)}); remove it, or raise data.max_age_ms"
         )
     return Recording(episodes, state_names, action_names, notes, warnings)
+
+
+def _check_jumps(name: str, series: dict[str, Series], data: Data) -> list[str]:
+    """Warnings of steps in the state that no arm can make. Raises Fault for spikes in state or commands."""
+    by_signal = {signal: jumps(series[signal.topic], signal) for signal in (*data.state, *data.commands)}
+    advice = "and back; no arm can: check the driver, cut the recording, or remove it"
+    if spikes := [f"{name}: {spike} {advice}" for spikes, _ in by_signal.values() for spike in spikes]:
+        raise Fault(*spikes)
+    advice = "and stays; no arm can: was it reset, or does the angle wrap? Cut the recording there, or unwrap the joint"
+    return [f"{step} {advice}" for signal in data.state for step in by_signal[signal][1]]  # a command may step
 
 
 def _grid(name: str, series: dict[str, Series], fps: float) -> np.ndarray:
     """Ticks (N,) int64 ns over the time that all topics share.
 
-    The first comes half a tick in: on the beat of a camera at the same rate, jitter would show one picture twice and
-    skip the next.
+    The first is half a tick in: on the beat of a camera of the same rate, jitter would repeat one picture and skip the
+    next.
     """
     start = max(one.stamps[0] for one in series.values())
     stop = min(one.stamps[-1] for one in series.values())
@@ -131,48 +122,42 @@ def _grid(name: str, series: dict[str, Series], fps: float) -> np.ndarray:
             f"{topic} t+{(one.stamps[0] - first) / 1e9:.3f} to {(one.stamps[-1] - first) / 1e9:.3f} s ({one.clock})"
             for topic, one in sorted(series.items())
         )
-        raise Fault(f"{name}: its topics share no time: {spans}; leave the recording out")
+        raise Fault(f"{name}: its topics share no time: {spans}; remove the recording")
     count = int((stop - start) * fps / 1e9 + 0.5)
     return start + np.rint((np.arange(count) + 0.5) * (1e9 / fps)).astype(np.int64)
 
 
-def _left_out(series: dict[str, Series]) -> list[str]:
-    """What is not used: messages of other joints, and the time in which a topic had not begun, or had ended."""
+def _unused(series: dict[str, Series]) -> list[str]:
+    """Notes on messages of other joints, and on time in which a topic had not begun or had ended."""
     begin = min(one.stamps[0] for one in series.values())
     end = max(one.stamps[-1] for one in series.values())
-    notes = [
-        f"{topic}: {one.others} messages are of other joints alone, and left out"
-        for topic, one in sorted(series.items())
-        if one.others
-    ]
-    for topic, one in sorted(series.items()):
+    topics = sorted(series.items())
+    notes = [f"{name}: skipped {one.skipped} messages of other joints" for name, one in topics if one.skipped]
+    for name, one in topics:
         for word, lost in (("begins late", one.stamps[0] - begin), ("ends early", end - one.stamps[-1])):
-            if lost > WORTH_SAYING_NS:
-                notes.append(f"{topic} {word}: {lost / 1e9:.1f} s of other topics are left out")
+            if lost > WORTH_A_NOTE_NS:
+                notes.append(f"{name} {word}: skipped {lost / 1e9:.1f} s of other topics")
     return notes
-
-
-def _max_age_ms(topic: str, one: Series, data: Data) -> float:
-    period = np.median(np.diff(one.stamps)) / 1e6 if len(one.stamps) > 1 else 0.0
-    return data.max_age_ms.get(topic, max(2.5 * period, 1e3 / data.fps))
 
 
 def _newest(
     series: dict[str, Series], ticks: np.ndarray, data: Data
 ) -> tuple[dict[str, np.ndarray], np.ndarray, list[str]]:
-    """For each topic the newest message (N,) not after each tick; whether all are fresh (N,) bool; notes."""
+    """Each topic's newest message (N,) not after each tick; whether all are fresh (N,) bool; notes."""
     newest, fresh, notes = {}, np.ones(len(ticks), bool), []
-    for topic, one in sorted(series.items()):
-        newest[topic] = np.searchsorted(one.stamps, ticks, side="right") - 1
-        max_age = _max_age_ms(topic, one, data)
-        old = (ticks - one.stamps[newest[topic]]) / 1e6 > max_age
+    for name, one in sorted(series.items()):
+        newest[name] = np.searchsorted(one.stamps, ticks, side="right") - 1
+        period_ms = np.median(np.diff(one.stamps)) / 1e6 if len(one.stamps) > 1 else 0.0
+        max_age_ms = data.max_age_ms.get(name, max(2.5 * period_ms, 1e3 / data.fps))
+        old = (ticks - one.stamps[newest[name]]) / 1e6 > max_age_ms
         if one.clock != "header":
-            notes.append(f"{topic} by {one.clock}")
+            notes.append(f"{name} by {one.clock}")
         if old.any():
             at = (ticks[int(np.argmax(old))] - ticks[0]) / 1e9
+            longest = np.diff(one.stamps, append=ticks[-1]).max() / 1e9
             notes.append(
-                f"{topic} silent for more than {max_age:.0f} ms {len(_runs(old))} times, {old.sum()} ticks, first at t+{at:.2f} s, "
-                f"the longest time {np.diff(one.stamps, append=ticks[-1]).max() / 1e9:.1f} s"
+                f"{name} silent for more than {max_age_ms:.0f} ms {len(_runs(old))} times, {old.sum()} ticks, first at "
+                f"t+{at:.2f} s, longest {longest:.1f} s"
             )
         fresh &= ~old
     return newest, fresh, notes
@@ -185,20 +170,20 @@ def _runs(mask: np.ndarray) -> list[tuple[int, int]]:
 
 
 def read_frames(
-    bag: Bag,
-    wanted: dict[str, np.ndarray],
-    size: tuple[int, int],
-    keep: Callable[[str, int, np.ndarray], None],
+    bag: Bag, wanted: dict[str, np.ndarray], size: tuple[int, int], keep: Callable[[str, int, np.ndarray], None]
 ) -> dict[str, tuple[int, int]]:
-    """Decode the wanted message numbers of each topic, rising, and no other picture; each topic's height and width in the bag.
+    """Decode the wanted message numbers of each topic, increasing, and no others; each topic's height and width in the bag.
 
-    keep(topic, i, RGB (*size, 3) uint8) gets the picture of its i-th wanted number, from several threads and in any order.
+    keep(topic, i, RGB (*size, 3) uint8) gets the picture of the i-th wanted number, from several threads, in any order.
     """
     native: dict[str, tuple[int, int]] = {}
     row_of = {topic: {int(number): row for row, number in enumerate(numbers)} for topic, numbers in wanted.items()}
 
     def decode(message: Message, row: int) -> tuple[Message, tuple[int, int]]:
-        pixels, shape = at_size(message.content(), message.place, size)
+        try:
+            pixels, shape = at_size(message.content(), size)
+        except Fault as fault:
+            raise fault.at(message.place) from None
         keep(message.topic, row, pixels)
         return message, shape
 
@@ -206,17 +191,13 @@ def read_frames(
         message, shape = job.result()
         first = native.setdefault(message.topic, shape)
         if first != shape:
-            raise Fault(
-                f"{message.place}: is {shape[1]}x{shape[0]}, the pictures before it {first[1]}x{first[0]}; "
-                "expected one size in a recording: leave it out"
-            )
+            sizes = f"is {shape[1]}x{shape[0]}, earlier pictures {first[1]}x{first[0]}"
+            raise Fault(f"{message.place}: {sizes}; expected one size in a recording; remove it")
 
-    count = dict.fromkeys(wanted, 0)
     pending: deque[Future[tuple[Message, tuple[int, int]]]] = deque()
     with ThreadPoolExecutor(DECODERS) as pool:
         for message in read_messages(bag, wanted):
-            number, count[message.topic] = count[message.topic], count[message.topic] + 1
-            row = row_of[message.topic].get(number)
+            row = row_of[message.topic].get(message.number)
             if row is not None:
                 pending.append(pool.submit(decode, message, row))
             if len(pending) > 4 * DECODERS:  # bounds the memory

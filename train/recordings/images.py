@@ -1,8 +1,8 @@
-"""One camera message as RGB pixels at the size the network sees: the same code for training and on the robot.
+"""One camera message as RGB pixels at the network's size: the same code in training and on the robot.
 
-sensor_msgs/Image by its encoding, row step checked; sensor_msgs/CompressedImage by what its bytes are. A JPEG that is
-twice as large as needed, or more, is decoded at half its size, or less: what libjpeg leaves out then, resizing would average
-away. It differs from decoding all of it by 0.2 to 0.6 of 255 in the mean, which is what saving it again at quality 95 does.
+sensor_msgs/Image is converted by its encoding; sensor_msgs/CompressedImage by its bytes. A JPEG of exactly 2, 4 or 8 times
+the size is decoded at that fraction: libjpeg then leaves out what resizing would average away. The mean difference is 0.2
+to 0.6 of 255, as from saving a JPEG again at quality 95.
 """
 
 from __future__ import annotations
@@ -15,26 +15,12 @@ import numpy as np
 
 from faults import Fault
 
-CHANNELS = {
-    "rgb8": 3,
-    "bgr8": 3,
-    "8UC3": 3,
-    "rgba8": 4,
-    "bgra8": 4,
-    "mono8": 1,
-    "8UC1": 1,
-    "bayer_rggb8": 1,
-    "bayer_bggr8": 1,
-    "bayer_gbrg8": 1,
-    "bayer_grbg8": 1,
-    "yuv422": 2,
-    "uyvy": 2,
-    "yuv422_yuy2": 2,
-    "yuyv": 2,
-}
+CHANNELS = {"rgb8": 3, "bgr8": 3, "8UC3": 3, "rgba8": 4, "bgra8": 4, "mono8": 1, "8UC1": 1}
+CHANNELS |= {f"bayer_{pattern}8": 1 for pattern in ("rggb", "bggr", "gbrg", "grbg")}
+CHANNELS |= dict.fromkeys(("yuv422", "uyvy", "yuv422_yuy2", "yuyv"), 2)
 TO_RGB = {
     "bgr8": cv2.COLOR_BGR2RGB,
-    "8UC3": cv2.COLOR_BGR2RGB,  # 8UC3 is what OpenCV's users publish: BGR
+    "8UC3": cv2.COLOR_BGR2RGB,  # as OpenCV's users publish
     "rgba8": cv2.COLOR_RGBA2RGB,
     "bgra8": cv2.COLOR_BGRA2RGB,
     "mono8": cv2.COLOR_GRAY2RGB,
@@ -51,82 +37,69 @@ TO_RGB = {
 }
 JPEG_BEGIN, JPEG_END = b"\xff\xd8", b"\xff\xd9"
 FRAME_HEADERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
-# a camera's orientation tag must not turn the picture: the robot's node would not
+# an orientation tag must not turn the picture: the robot's node ignores it
 AS_IT_IS = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
-# by their bit alone: the colour is that of AS_IT_IS
+# used for their bit; AS_IT_IS gives the color
 REDUCED = {8: cv2.IMREAD_REDUCED_GRAYSCALE_8, 4: cv2.IMREAD_REDUCED_GRAYSCALE_4, 2: cv2.IMREAD_REDUCED_GRAYSCALE_2}
 DEPTH = ("16UC1", "32FC1", "mono16", "compressedDepth")
 
 
-def at_size(message: Any, place: str, size: tuple[int, int]) -> tuple[np.ndarray, tuple[int, int]]:
-    """The picture (*size, 3) uint8 RGB of an Image or CompressedImage message, and its own height and width.
-
-    `place` opens the Fault that is raised where the message holds no colour picture.
-    """
+def at_size(message: Any, size: tuple[int, int]) -> tuple[np.ndarray, tuple[int, int]]:
+    """The picture (*size, 3) uint8 RGB of an Image or CompressedImage message, and its own height and width. Raises Fault."""
     if hasattr(message, "encoding") or message.data[:2].tobytes() != JPEG_BEGIN:
-        pixels = to_rgb(message, place)
+        pixels = to_rgb(message)
         return resize(pixels, size), (pixels.shape[0], pixels.shape[1])
     native = _jpeg_size(message.data.data)
     exact = [by for by in REDUCED if native == (size[0] * by, size[1] * by)]
-    pixels = to_rgb(message, place, exact[0] if exact else 1)
+    pixels = to_rgb(message, exact[0] if exact else 1)
     return resize(pixels, size), native or (pixels.shape[0], pixels.shape[1])
 
 
-def to_rgb(message: Any, place: str, reduced: int = 1) -> np.ndarray:
-    """The picture (H, W, 3) uint8 RGB of an Image or CompressedImage message, at its own size; a JPEG reduced by 2, 4 or 8.
-
-    `place` opens the Fault that is raised where the message holds no colour picture.
-    """
+def to_rgb(message: Any, reduced: int = 1) -> np.ndarray:
+    """The picture (H, W, 3) uint8 RGB of an Image or CompressedImage message; a JPEG reduced by 2, 4 or 8. Raises Fault."""
     kind: str = getattr(message, "encoding", "") or getattr(message, "format", "")
     if any(depth in kind for depth in DEPTH):
-        raise Fault(
-            f"{place}: is a depth or 16-bit picture ({kind}); expected colour or 8-bit grey: give a colour camera's topic"
-        )
+        raise Fault(f"a depth or 16-bit picture ({kind}); expected color or 8-bit grey; give a color camera's topic")
     if not hasattr(message, "encoding"):
-        return _decompress(message.data, kind, place, reduced)
+        return _decompress(message.data, kind, reduced)
     if kind not in CHANNELS:
-        raise Fault(f"{place}: encoding {kind!r} is not read; expected one of {', '.join(CHANNELS)}")
+        raise Fault(f"unknown encoding {kind!r}; expected one of {', '.join(CHANNELS)}")
     height, width, step, row = message.height, message.width, message.step, message.width * CHANNELS[kind]
     if not row or not height or step < row or len(message.data) != step * height:
         raise Fault(
-            f"{place}: {width}x{height} {kind} with step {step} and {len(message.data)} bytes does not fit together; "
-            f"expected a step of at least {row} and step x height = {step * height} bytes: the driver or the file is at fault"
+            f"{width}x{height} {kind} with step {step} has {len(message.data)} bytes; expected a step of at least {row} and "
+            f"{step * height} bytes; check the driver, or remove the recording"
         )
     pixels = np.asarray(message.data).reshape(height, step)[:, :row].reshape(height, width, CHANNELS[kind])
     pixels = np.ascontiguousarray(pixels)
     try:
         return cv2.cvtColor(pixels, TO_RGB[kind]) if kind in TO_RGB else pixels
-    except cv2.error as error:  # an odd width where colours come in pairs
-        raise Fault(
-            f"{place}: {width}x{height} {kind} cannot be converted ({error.err}); leave the recording out"
-        ) from None
+    except cv2.error as error:  # an odd width of an encoding that stores pairs of pixels
+        raise Fault(f"cannot convert {width}x{height} {kind} ({error.err}); remove the recording") from None
 
 
-def _decompress(data: np.ndarray, kind: str, place: str, reduced: int) -> np.ndarray:
+def _decompress(data: np.ndarray, kind: str, reduced: int) -> np.ndarray:
     try:
-        pixels = None if is_cut(data) else cv2.imdecode(np.asarray(data), REDUCED.get(reduced, 0) | AS_IT_IS)
+        pixels = None if is_truncated(data) else cv2.imdecode(np.asarray(data), REDUCED.get(reduced, 0) | AS_IT_IS)
     except cv2.error:  # an empty buffer
         pixels = None
     if pixels is None:
-        raise no_picture(data, kind, place)
+        raise no_picture(data, kind)
     return pixels
 
 
-def is_cut(data: np.ndarray) -> bool:
-    """Whether a JPEG has no end; some decoders fill up the rest in grey."""
+def is_truncated(data: np.ndarray) -> bool:
+    """Whether a JPEG has no end; some decoders fill the rest with grey."""
     return data[:2].tobytes() == JPEG_BEGIN and data.tobytes().rfind(JPEG_END) < 0
 
 
-def no_picture(data: np.ndarray, kind: str, place: str) -> Fault:
-    """What is said of a compressed picture that does not decode."""
-    return Fault(
-        f"{place}: {len(data)} bytes of format {kind!r} do not decode as a picture; the file is damaged or the recorder "
-        "cut it short: leave the recording out"
-    )
+def no_picture(data: np.ndarray, kind: str) -> Fault:
+    """The fault of a compressed picture that does not decode."""
+    return Fault(f"{len(data)} bytes of format {kind!r} do not decode as a picture; remove the recording")
 
 
 def _jpeg_size(data: memoryview) -> tuple[int, int] | None:
-    """Height and width by a JPEG's frame header (ITU-T T.81, B.2.2); none where it has none in its place."""
+    """Height and width by a JPEG's frame header (ITU-T T.81, B.2.2), if it is where it should be."""
     at = 2
     while at + 9 <= len(data) and data[at] == 0xFF:
         if data[at + 1] in FRAME_HEADERS:
@@ -137,7 +110,7 @@ def _jpeg_size(data: memoryview) -> tuple[int, int] | None:
 
 
 def resize(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """(H, W, 3) uint8 as (*size, 3): areas averaged where it shrinks, so that nothing aliases."""
+    """(H, W, 3) uint8 as (*size, 3); shrinking averages areas, so nothing aliases."""
     height, width = size
     if pixels.shape[:2] == (height, width):
         return pixels

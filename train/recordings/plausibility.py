@@ -1,6 +1,6 @@
-"""What in the numbers of a recording would make a training go wrong, in words a user acts on.
+"""What in the numbers of a recording would spoil a training, in words a user acts on.
 
-It looks at ticks, whether they come straight from a bag or out of the cache: inspect_bags.py and train.py --dry-run say the same.
+Works on ticks, from a bag or from the cache: inspect_bags.py and train.py --dry-run print the same warnings.
 """
 
 from __future__ import annotations
@@ -12,22 +12,22 @@ import numpy as np
 
 from config import Config
 
-STILL = 1e-4  # units: a joint that moves less over a whole recording never moved
-BEGINS_TO_MOVE = 0.03  # of a joint's range; at least 1e-3 units, or noise would count
+STILL = 1e-4  # units: a joint that moves less in a whole recording never moves
+BEGINS_TO_MOVE = 0.03  # of a joint's range; at least 1e-3 units, above the noise
 IDLE_S = 3.0
-LAG_S = 1.0  # the longest lag looked for
-EXPLAINED = 0.7  # of the motion, by the command at the lag found; below that there is no lag to speak of
+LAG_S = 1.0  # the longest lag searched
+EXPLAINED = 0.7  # least share of the motion that a command explains at its lag
 LATE_TICKS, LATE_S = 5, 0.15
-COPIED = 0.1  # of a joint's standard deviation: so near does copying the state come, over a whole chunk
-TWO_TURNS = 4 * np.pi  # rad: what goes farther is not in rad
+COPIED = 0.1  # of a joint's standard deviation: copying the state would come this close over a whole chunk
+TWO_TURNS = 4 * np.pi  # rad
 
 
 class Ticks(NamedTuple):
-    """One recording on the grid: N ticks of its episodes, one after the other."""
+    """One recording on the grid: the N ticks of its episodes, concatenated."""
 
     state: np.ndarray  # (N, S)
-    target: np.ndarray  # (N, A): where the action sends the robot; a delta is added to its state
-    frames: dict[str, np.ndarray]  # camera: (N,) which picture
+    target: np.ndarray  # (N, A): where the action sends the robot; for deltas state + action
+    frames: dict[str, np.ndarray]  # camera: (N,) index of the picture
     lengths: list[int]  # of the episodes
     state_names: tuple[str, ...]
     action_names: tuple[str, ...]
@@ -40,58 +40,56 @@ class Ticks(NamedTuple):
 
 
 class Lag(NamedTuple):
-    """How long after a command the state is where the command said."""
+    """How long the state takes to follow a command."""
 
     seconds: float
-    explained: float  # share of the state's motion that the command, so much earlier, explains
+    explained: float  # share of the state's motion that the command explains at this lag
 
 
 def warnings(ticks: Ticks, config: Config) -> list[str]:
-    """What to look at before training, in one line each."""
+    """What to check before training, one line each."""
     return [*_joints(ticks), *_actions(ticks, config), *_times(ticks, config), *_cameras(ticks, config)]
 
 
 def _joints(ticks: Ticks) -> Iterator[str]:
     moved = np.ptp(ticks.state, axis=0)
-    for name, still, at in zip(ticks.state_names, moved < STILL, ticks.state[0], strict=True):
-        if still and not moved.max() < STILL:
-            yield (
-                f"{name} never moves (it stays at {at:.4g}): leave it out of data.state if the robot holds it, "
-                "or look whether its driver was running"
-            )
     if moved.max() < STILL:
-        yield "nothing moves: no joint of data.state changes by more than 0.0001; leave the recording out"
+        yield "nothing moves: no joint of data.state changes by more than 0.0001; remove the recording"
+    else:
+        for name, still, at in zip(ticks.state_names, moved < STILL, ticks.state[0], strict=True):
+            if still:
+                yield f"{name} never moves (stays at {at:.4g}): remove it from data.state, or check its driver"
     angles = np.abs(ticks.state).max(axis=0)
     if (angles > TWO_TURNS).mean() > 0.5:
         worst = int(angles.argmax())
         yield (
-            f"{ticks.state_names[worst]} reaches {angles[worst]:.4g}, and most others more than two turns in rad: are these "
+            f"{ticks.state_names[worst]} reaches {angles[worst]:.4g}, most joints more than two turns in rad: are these "
             "degrees? The policy will answer in the same unit"
         )
 
 
 def _actions(ticks: Ticks, config: Config) -> Iterator[str]:
+    chunk, fps = config.model.chunk_size, config.data.fps
     if config.data.commands and ticks.target.shape == ticks.state.shape:
         moved = np.ptp(ticks.state, axis=0)
         same = np.all(np.abs(ticks.target - ticks.state) <= 1e-6 * np.maximum(moved, 1), axis=1).mean()
         if same > 0.99 and moved.max() >= STILL:
             yield (
-                f"the action is the state itself at {same:.0%} of the ticks: a policy would learn to stand still; give the "
-                "topic of the commands in data.action.from, or next_state"
+                f"the action equals the state at {same:.0%} of the ticks: a policy would learn to stand still; set "
+                "data.action.from to the topic of the commands, or to next_state"
             )
             return
-    copied = copying_error(ticks, config.model.chunk_size)
+    copied = copying_error(ticks, chunk)
     if copied is not None and copied < COPIED:
-        chunk = config.model.chunk_size
         yield (
-            f"a policy could copy its state: over the {chunk} ticks of a chunk ({chunk / config.data.fps:.2f} s) the action "
-            f"leaves the state by {copied:.1%} of a joint's spread; raise model.chunk_size, or lower data.fps"
+            f"a policy could copy its state: over the {chunk} ticks of a chunk ({chunk / fps:.2f} s) the action leaves the "
+            f"state by {copied:.1%} of a joint's standard deviation; raise model.chunk_size, or lower data.fps"
         )
-    found = lag(ticks, config)
-    if found and found.seconds > max(LATE_TICKS / config.data.fps, LATE_S):
+    follows = lag(ticks, config)
+    if follows and follows.seconds > max(LATE_TICKS / fps, LATE_S):
         yield (
-            f"the state follows the command about {found.seconds * 1e3:.0f} ms later ({found.seconds * config.data.fps:.1f} ticks): "
-            "look whether both topics have the same clock, and give data.action.from the command nearest to the drives"
+            f"the state follows the command {follows.seconds * 1e3:.0f} ms later ({follows.seconds * fps:.1f} ticks): check "
+            "that both topics use one clock, and set data.action.from to the command nearest to the drives"
         )
 
 
@@ -99,15 +97,13 @@ def _times(ticks: Ticks, config: Config) -> Iterator[str]:
     head, tail = idle(ticks, config.data.fps) if np.ptp(ticks.state, axis=0).max() >= STILL else (0.0, 0.0)
     for seconds, where in ((head, "begins"), (tail, "ends")):
         if seconds > IDLE_S:
-            yield (
-                f"{where} with {seconds:.1f} s in which nothing moves: cut the recording, or the policy learns to wait"
-            )
+            yield f"{where} with {seconds:.1f} s without motion: cut the recording, or the policy learns to wait"
     chunk = config.model.chunk_size
     short = sum(length < chunk / 2 for length in ticks.lengths)
     if short > len(ticks.lengths) / 2:
         yield (
-            f"{short} of {len(ticks.lengths)} episodes are shorter than half of model.chunk_size = {chunk} ticks (the longest has "
-            f"{max(ticks.lengths)}): most of a chunk would be padding; lower model.chunk_size, or see above for what splits them"
+            f"{short} of {len(ticks.lengths)} episodes are shorter than half of model.chunk_size = {chunk} ticks (longest "
+            f"{max(ticks.lengths)}): chunks would be mostly padding; lower model.chunk_size, or fix what splits them"
         )
 
 
@@ -115,16 +111,16 @@ def _cameras(ticks: Ticks, config: Config) -> Iterator[str]:
     fps = config.data.fps
     for camera, frames in ticks.frames.items():
         new = sum(int(np.count_nonzero(np.diff(frames[episode]))) for episode in ticks.episodes())
-        share = new / max(1, len(frames) - len(ticks.lengths))
-        if share < 0.7 and len(frames) > 10:
+        rate = fps * new / max(1, len(frames) - len(ticks.lengths))
+        if rate < 0.7 * fps and len(frames) > 10:
             yield (
-                f"camera {camera} gives {share * fps:.3g} new pictures a second at data.fps = {fps:g}: the policy would see most "
-                f"of them again; set data.fps to about {share * fps:.0f}, or record faster"
+                f"camera {camera} has {rate:.3g} new pictures per second at data.fps = {fps:g}: most ticks repeat one; set "
+                f"data.fps to about {rate:.0f}, or record faster"
             )
 
 
 def idle(ticks: Ticks, fps: float) -> tuple[float, float]:
-    """Seconds before the first motion of any joint, and after the last; all of it, twice, where nothing moves."""
+    """Seconds before the first motion of any joint, and after the last; both are the whole time if nothing moves."""
     enough = np.maximum(BEGINS_TO_MOVE * np.ptp(ticks.state, axis=0), 1e-3)
     away = np.any(np.abs(ticks.state - ticks.state[0]) > enough, axis=1)
     before = np.any(np.abs(ticks.state - ticks.state[-1]) > enough, axis=1)
@@ -134,9 +130,9 @@ def idle(ticks: Ticks, fps: float) -> tuple[float, float]:
 
 
 def copying_error(ticks: Ticks, chunk_size: int) -> float | None:
-    """How far an action is from the state at the beginning of its chunk, over all chunks and joints that move.
+    """Mean distance of an action from the state at its chunk's start, over all chunks and moving joints.
 
-    In standard deviations of the joint; None where actions are not of the state's joints, or nothing moves.
+    In standard deviations of the joint; None if actions are of other joints, or nothing moves.
     """
     spread = ticks.state.std(axis=0)
     if ticks.target.shape != ticks.state.shape or not (spread > STILL).any():
@@ -152,30 +148,30 @@ def copying_error(ticks: Ticks, chunk_size: int) -> float | None:
 
 
 def lag(ticks: Ticks, config: Config) -> Lag | None:
-    """How long the state lags behind the command; None where there is no command, or it does not explain the motion.
+    """How long the state lags behind the command; None if there is no command, or it does not explain the motion.
 
-    The lag with the least variance of state minus earlier command, refined between ticks by a parabola.
+    The lag minimizes the variance of state minus earlier command; a parabola refines it between ticks.
     """
     fps, names = config.data.fps, ticks.state_names
     if not config.data.commands or ticks.target.shape != ticks.state.shape:
         return None
-    # the same joints in another order are matched by name, others by place
+    # the same joints are matched by name, others by position
     order = [ticks.action_names.index(n) for n in names] if set(names) == set(ticks.action_names) else range(len(names))
     target, reach = ticks.target[:, list(order)], min(round(LAG_S * fps), max(ticks.lengths) // 2)
-    left, whole = np.zeros(reach + 1), 0.0
+    left, total = np.zeros(reach + 1), 0.0
     for episode in ticks.episodes():
         state, command = ticks.state[episode].astype(np.float64), target[episode].astype(np.float64)
         compared = len(state) - reach
-        if compared < reach:  # too short to tell
+        if compared < reach:  # too short
             continue
-        whole += compared * state[reach:].var(axis=0).sum()
+        total += compared * state[reach:].var(axis=0).sum()
         for ticks_late in range(reach + 1):
             begin = reach - ticks_late
             left[ticks_late] += compared * (state[reach:] - command[begin : begin + compared]).var(axis=0).sum()
-    if whole <= STILL**2 * len(ticks.state):
+    if total <= STILL**2 * len(ticks.state):
         return None
     best = int(left.argmin())
-    explained = 1 - left[best] / whole
+    explained = 1 - left[best] / total
     if explained < EXPLAINED or best == reach:
         return None
     between = 0.0

@@ -1,4 +1,4 @@
-"""Augmentation: each sample by its own draw, all its cameras by the same, and again the same in a run that goes on."""
+"""Augmentation: one draw per sample, the same for all its cameras, and the same again in a resumed run."""
 
 import shutil
 from pathlib import Path
@@ -14,21 +14,29 @@ from writing import picture
 import train
 from config import load
 from dataset.augment import Augment
+from dataset.batches import Batch
 from faults import Fault
 
 PICTURES = torch.from_numpy(picture(3)).expand(4, 2, 48, 64, 3).contiguous()  # samples, cameras
 
 
+def augmented(names: list[str]) -> torch.Tensor:
+    nothing = torch.zeros(4, 1)
+    images = Augment(names, (48, 64))(Batch(nothing, PICTURES, nothing, nothing)).images
+    assert images is not None
+    return images
+
+
 @pytest.mark.parametrize("names", [["color"], ["crop"], ["affine"], ["color", "crop", "affine"]])
 def test_each_sample_changes_a_little_and_all_its_cameras_alike(names: list[str]) -> None:
     torch.manual_seed(0)
-    changed = Augment(names, (48, 64)).pictures(PICTURES)
+    changed = augmented(names)
     assert changed.shape == PICTURES.shape and changed.dtype == torch.uint8
     assert changed[:, 0].equal(changed[:, 1]) and not changed[0].equal(changed[1])
     difference = (changed.float() - PICTURES).abs().mean((1, 2, 3, 4))
     assert (difference > 0.5).all() and (difference < 60).all()
     torch.manual_seed(0)
-    assert Augment(names, (48, 64)).pictures(PICTURES).equal(changed)
+    assert augmented(names).equal(changed)
 
 
 def test_off_by_default_and_only_in_training(tmp_path: Path) -> None:
@@ -47,7 +55,7 @@ def test_a_dry_run_shows_it(
     path = tiny(recorded(tmp_path), "training.augment=[color, crop, affine]")
     monkeypatch.setattr("sys.argv", ["train.py", "--config", str(path), "--dry-run"])
     train.main()
-    assert "pictures as augmented" in capsys.readouterr().out
+    assert "augmented pictures: " in capsys.readouterr().out
     sheet = cv2.imread(str(tmp_path / "run/augmented.png"))
     assert sheet is not None and sheet.shape == (32, 8 * 48, 3) and len(np.unique(sheet)) > 20
 

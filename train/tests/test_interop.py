@@ -19,7 +19,9 @@ from act_model import ACT, FrozenBatchNorm, act_loss
 from config import Model, load
 from dataset.cache import load_dataset
 from faults import Fault
+from policy import pretrained
 from policy.runner import Ensembler, Policy
+from training.run import Run
 
 PYTHONS = [python for python in os.environ.get("LEROBOT_PYTHONS", "").split(os.pathsep) if python]
 NOISE_SEED = 7  # lerobot_side.py sets the same right before its forward
@@ -104,12 +106,12 @@ def test_our_checkpoint_acts_the_same_in_lerobot(lerobot_python: str, tmp_path: 
     commands = f"data.action.from=[{{topic: {COMMAND}, joints: [c, a]}}]"
     as_recorded = "data.image_size=[48, 64]"  # LeRobot does not resize: both are given the same pictures
     config = load(tiny(tmp_path, cameras, commands, as_recorded, f"model.use_vae={use_vae}"))
-    folder = train.train(config, load_dataset(config)) / "pretrained_model"
+    folder = train.train(Run(config, load_dataset(config))) / "pretrained_model"
     state, images = torch.randn(3, 3), torch.randint(256, (3, 2, *config.data.image_size, 3), dtype=torch.uint8)
     save_file(as_lerobot(state, images, ["color", "wrist"]), tmp_path / "observation")
     theirs, _ = run_lerobot(lerobot_python, "load", folder, tmp_path / "observation", tmp_path / "out")
     assert theirs["action"].shape == (3, 10, 2)
-    torch.testing.assert_close(Policy.load(folder).predict(state, images), theirs["action"], atol=1e-5, rtol=0)
+    torch.testing.assert_close(pretrained.load(folder).predict(state, images), theirs["action"], atol=1e-5, rtol=0)
     assert (folder / "README.md").exists(), "the model card, which LeRobot ignores"
     states, pictures = a_robots_day(3, 2, *config.data.image_size)
     save_file(as_lerobot(states, pictures, ["color", "wrist"]), tmp_path / "day")
@@ -158,10 +160,10 @@ def test_lerobots_checkpoint_acts_the_same_here(lerobot_python: str, tmp_path: P
     pictures = [observation[f"observation.images.{name}"] for name in ("top", "wrist")]
     images = (torch.stack(pictures, 1).permute(0, 1, 3, 4, 2) * 255).round().to(torch.uint8)
     policy = Policy.load(tmp_path / "theirs")
-    chunk = policy.predict(observation["observation.state"], images)
+    chunk = policy.pretrained.predict(observation["observation.state"], images)
     torch.testing.assert_close(chunk, theirs["action"], atol=1e-5, rtol=0)
     assert (policy.action_as, policy.fps, policy.action_names) == ("unknown", None, ())
-    with pytest.raises(Fault, match=r"action_as: the robot has 'absolute', the policy's is unknown \(LeRobot's own"):
+    with pytest.raises(Fault, match="action_as: the robot has 'absolute', LeRobot's checkpoint does not say"):
         Policy.load(tmp_path / "theirs", action_as="absolute")
     with pytest.raises(Fault, match="state by name"):
         policy.act({"state": dict.fromkeys("abcdef", 0.0), "images": {}})
@@ -171,7 +173,7 @@ def test_lerobots_checkpoint_acts_the_same_here(lerobot_python: str, tmp_path: P
     torch.testing.assert_close(acted(policy, states, shots), theirs["action"], atol=1e-5, rtol=0)
 
 
-def test_training_goes_on_from_lerobots_checkpoint(lerobot_python: str, tmp_path: Path) -> None:
+def test_training_starts_from_lerobots_checkpoint(lerobot_python: str, tmp_path: Path) -> None:
     run_lerobot(lerobot_python, "make", tmp_path / "theirs", tmp_path / "observation", tmp_path / "out")
     for i in range(2):
         messages = episode(seed=i)
@@ -188,6 +190,6 @@ def test_training_goes_on_from_lerobots_checkpoint(lerobot_python: str, tmp_path
         *(f"model.{key}={value}" for key, value in network.items()),
     )
     config = load(path)
-    last = train.train(config, load_dataset(config))
+    last = train.train(Run(config, load_dataset(config)))
     before, after = (load_file(one / "model.safetensors") for one in (tmp_path / "theirs", last / "pretrained_model"))
     assert 0 < max((before[key] - after[key]).abs().max() for key in before) < 1e-4

@@ -1,4 +1,4 @@
-"""The OSMO bundle: the workflow as the server renders it, the task's script with local folders, submit.py with a stand-in."""
+"""The OSMO bundle: the workflow as the server renders it, train.sh with local folders, submit.py with a stand-in."""
 
 import contextlib
 import json
@@ -46,7 +46,7 @@ def tasks(workflow: dict[str, Any]) -> list[dict[str, Any]]:
     return workflow["groups"][0]["tasks"]
 
 
-def test_what_is_sent_is_every_room_that_training_uses() -> None:
+def test_every_room_that_training_uses_is_sent() -> None:
     files = {file["path"]: OSMO / file["localpath"] for file in tasks(rendered())[0]["files"]}
     elsewhere = {"demo_bags.py", "inspect_bags.py", "inspection", "tests", "benchmarks", "osmo"}
     rooms = {path.relative_to(TRAIN) for path in (*TRAIN.glob("*.py"), *TRAIN.glob("[!.]*/*.py"))}
@@ -185,7 +185,7 @@ def test_options_reach_the_workflow_and_a_dry_run_says_so(world: Path, tmp_path:
     assert len(list((world / "storage/stosmorbt3dev001/datasets/my bags").rglob("*.mcap"))) == 1
     write(world / "storage/stosmorbt3dev001/datasets/my bags/old", episode(camera=False))
     again = submit(*options, *settings)
-    assert again.returncode == 1 and "old.mcap: lies there but not in" in again.stderr
+    assert again.returncode == 1 and "old.mcap: is not in" in again.stderr
     assert len(calls(world, "workflow", "submit")) == 1
 
 
@@ -200,16 +200,16 @@ REFUSED = (
 @pytest.mark.parametrize(
     ("command", "code", "text", "ends", "words", "submits"),
     [
-        ("workflow validate", 1, REFUSED, 1, ["Extra inputs are not permitted", "mend what it names"], 0),
+        ("workflow validate", 1, REFUSED, 1, ["Extra inputs are not permitted", "fix what it names"], 0),
         ("workflow submit", 1, {"message": "Validation error", "code": 400}, 1, ["Validation error"], 1),
         ("workflow submit", 75, LIMITED, 75, ["local_rate_limited", "wait a minute"], 1),
         ("workflow submit", 10, DOWN, 10, ["Connection refused", "may have been accepted", "osmo workflow list"], 1),
         ("workflow submit", 0, "<html>", 1, ["<html>", "osmo workflow list"], 1),
-        ("pool list", 10, DOWN, 10, ["Connection refused", "is http://192.168.1.100 up"], 0),
+        ("pool list", 10, DOWN, 10, ["Connection refused", "check that http://192.168.1.100 is up"], 0),
         ("pool list", 2, EXPIRED, 2, ["Jwt is expired", "osmo login http://192.168.1.100"], 0),
         ("version", 0, {"client": {"major": "6", "minor": "2"}}, 1, ["client is 6.2", "6.3"], 0),
-        ("data list", 0, "\nTotal 0 objects found", 1, ["holds no recording"], 0),
-        ("data list", 2, "Error message: no credential\nError code: 1", 0, ["was not looked into, the pod will"], 1),
+        ("data list", 0, "\nTotal 0 objects found", 1, ["no recordings"], 0),
+        ("data list", 2, "Error message: no credential\nError code: 1", 0, ["not checked from here"], 1),
     ],
 )
 def test_what_osmo_refuses(
@@ -230,7 +230,7 @@ def test_what_osmo_refuses(
             ["logged in to http://192.168.1.100, not to http://10.0.0.9", "osmo login"],
         ),
         (["--pool", "maint-pool"], 1, ["maint-pool: is MAINTENANCE, expected ONLINE"]),
-        (["--pool", "none", "--dataset", "d"], 1, ["there are gpu-pool, maint-pool", "6.4 has no datasets"]),
+        (["--pool", "none", "--dataset", "d"], 1, ["pools: gpu-pool, maint-pool", "6.4 has no datasets"]),
         (["--platform", "a100"], 1, ["--platform a100: gpu-pool has dgx"]),
         (["--rosbags", "azure://other/bags"], 2, ["container does not exist", "DATA credential"]),
         (
@@ -254,11 +254,11 @@ def test_what_osmo_refuses(
         ),
         (["--rosbags", ""], 1, ["--rosbags"]),
         (["--rosbags", "azure://a/b,c#d"], 1, ["becomes a URL"]),
-        (["--fetch", ""], 1, ["--fetch", "not the name of a run"]),
+        (["--fetch", ""], 1, ["--fetch", "is not a run's name"]),
         (["--server", "http://192.168.1.100:x"], 1, ["--server http://192.168.1.100:x"]),
     ],
 )
-def test_what_is_wrong_is_said_before_anything_is_sent(
+def test_wrong_requests_are_refused_before_anything_is_sent(
     world: Path, options: list[str], code: int, words: list[str]
 ) -> None:
     done = submit(*options)
@@ -293,7 +293,7 @@ def test_the_settings_of_the_workflow_file_hold_where_none_are_given(world: Path
         ("  run: train-rosbag-act ", "  run: 2026 ", ["default-values: run: found 2026, expected text"]),
         ("  gpus: 1 ", "  gpus: one ", ["default-values: gpus: found 'one', expected a number"]),
         ("  nodes: 1", "  nodes: [1", ["default-values: is not valid YAML", "line {line}"]),
-        ('  dataset: "" ', "  dataset: cups ", ["dataset: 'cups' would be trained on, not --rosbags"]),
+        ('  dataset: "" ', "  dataset: cups ", ["dataset: 'cups' is set and would be used, not --rosbags"]),
     ],
 )
 def test_what_is_wrong_in_the_workflow_file(world: Path, mine: Path, old: str, new: str, words: list[str]) -> None:
@@ -312,11 +312,11 @@ def test_scripts_that_a_pod_could_not_run(world: Path, mine: Path) -> None:
     (train / "inspect_bags.py").write_text("{{ # is not sent\n")
     done = submit("--gpus", "-1", osmo=mine)
     assert done.returncode == 1 and done.stderr.count("error:") == 3 and not calls(world), done.stderr
-    for words in ("train.sh:9: ", "would take {# for", "log.py:", "--gpus -1"):
+    for words in ("train.sh:9: ", "would render {#", "log.py:", "--gpus -1"):
         assert words in done.stderr, done.stderr
     (train / "recordings/images.py").unlink()
     done = submit(osmo=mine)
-    assert "images.py: is not there" in done.stderr, done.stderr
+    assert "images.py: missing" in done.stderr, done.stderr
 
 
 def test_links_to_folders_are_not_uploaded(world: Path, tmp_path: Path) -> None:
@@ -326,7 +326,7 @@ def test_links_to_folders_are_not_uploaded(world: Path, tmp_path: Path) -> None:
         (tmp_path / "bags" / name).symlink_to(tmp_path / "elsewhere")
     done = submit("--rosbags", tmp_path / "bags")
     assert done.returncode == 1 and not calls(world) and done.stderr.count("error:") == 1, done.stderr
-    assert f"{tmp_path}/bags/day_1, {tmp_path}/bags/day_2; copy what they lead to" in done.stderr
+    assert f"{tmp_path}/bags/day_1, {tmp_path}/bags/day_2; copy them" in done.stderr
     (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
     assert submit("--rosbags", tmp_path / "link").returncode == 0, "the folder itself may be one"
 
@@ -359,7 +359,7 @@ def test_without_a_login_or_the_command(world: Path) -> None:
     (world / "bin/osmo").unlink()
     for arguments in ((), ("--fetch", "cups")):
         done = submit(*arguments)
-        assert done.returncode == 2 and "osmo: no such command; install" in done.stderr
+        assert done.returncode == 2 and "osmo: command not found; install" in done.stderr
 
 
 def free_port() -> int:
@@ -433,7 +433,7 @@ class Pod:
                 standin_osmo.fill(file, self.before / file.relative_to(self.checkpoints))
 
 
-def test_a_pod_that_is_lost_goes_on_in_the_next_one(tmp_path: Path, world: Path) -> None:
+def test_a_lost_pod_resumes_in_the_next_one(tmp_path: Path, world: Path) -> None:
     pod = Pod(tmp_path, world)
     lost = pod.start("training.steps=4000")
     while not (pod.checkpoints / "checkpoint_000010").exists() and lost.poll() is None:
@@ -449,7 +449,7 @@ def test_a_pod_that_is_lost_goes_on_in_the_next_one(tmp_path: Path, world: Path)
 
     out, _ = (last := pod.start("training.steps=30 'training.log_every=3'")).communicate(timeout=120)
     assert last.returncode == 0, out
-    assert f"{newest}: passed over" in out and "going on from" in out and "policy: azure://" in out
+    assert f"{newest}: skipping incomplete checkpoint" in out and "resuming from" in out and "policy: azure://" in out
     assert json.loads((pod.output / "pretrained_model/robot.json").read_text())["step"] == 30
     assert Policy.load(pod.output / "pretrained_model") and (pod.output / "metrics.jsonl").exists()
 
@@ -473,7 +473,7 @@ def test_two_nodes_and_one_of_them_is_lost(tmp_path: Path, world: Path) -> None:
         time.sleep(0.01)
     pod.lose(node=1)
     out, _ = lead.communicate(timeout=60)
-    assert lead.returncode == 75 and "gone without a word" in out, out
+    assert lead.returncode == 75 and "lost another process" in out, out
     pod.upload()
     shutil.rmtree(pod.checkpoints)
     steps = 5 + max(int(path.name.split("_")[1]) for path in pod.before.glob("checkpoint_*"))
@@ -488,7 +488,7 @@ def test_checkpoints_that_could_not_be_uploaded_stop_it_before_the_first_step(tm
     pod = Pod(tmp_path, world)
     shutil.rmtree(world / "storage")
     out, _ = (process := pod.start()).communicate(timeout=60)
-    assert process.returncode == 1 and "checkpoints could not be uploaded there" in out and "ContainerNotFound" in out
+    assert process.returncode == 1 and "checkpoints cannot be uploaded there" in out and "ContainerNotFound" in out
     assert "training:" not in out
 
 
@@ -501,11 +501,11 @@ def test_a_fault_is_not_run_again(tmp_path: Path, world: Path, gpus: int, settin
 
 
 @pytest.mark.parametrize("gpus", [1, 2])
-def test_recordings_that_were_skipped_fail_no_workflow(tmp_path: Path, world: Path, gpus: int) -> None:
+def test_skipped_recordings_do_not_fail_the_workflow(tmp_path: Path, world: Path, gpus: int) -> None:
     pod = Pod(tmp_path, world, "training.steps=2", "data.on_bad_bag=skip")
     next((tmp_path / "bags/episode_0").glob("*.mcap")).write_bytes(b"x")
     out, _ = (process := pod.start(gpus=gpus)).communicate(timeout=120)
-    assert process.returncode == 3 and out.count("left out by data.on_bad_bag=skip") == 1, out
+    assert process.returncode == 3 and out.count("data.on_bad_bag=skip: skipped 1") == 1, out
     assert (pod.output / "pretrained_model").exists()
     assert "3" in tasks(rendered())[0]["exitActions"]["COMPLETE"].split(",")
 
@@ -525,7 +525,7 @@ def test_recordings_that_did_not_arrive_are_fetched_again(tmp_path: Path, world:
     assert process.returncode == 75 and re.search(r"only \d+ of \d+ files arrived", out), out
 
 
-def test_a_finished_run_that_is_submitted_again_hands_over_its_policy(tmp_path: Path, world: Path) -> None:
+def test_a_finished_run_submitted_again_uploads_its_policy(tmp_path: Path, world: Path) -> None:
     pod = Pod(tmp_path, world, "training.steps=10")
     pod.start().communicate(timeout=120)
     pod.upload()
@@ -534,11 +534,11 @@ def test_a_finished_run_that_is_submitted_again_hands_over_its_policy(tmp_path: 
     for late in ("checkpoint_000015", "checkpoint_000020", "checkpoint_000025"):  # of uploads that were cut off
         shutil.copytree(pod.before / "checkpoint_000005/training_state", pod.before / late / "training_state")
     out, _ = (process := pod.start()).communicate(timeout=120)
-    assert process.returncode == 0 and out.count("passed over") == 3, out
+    assert process.returncode == 0 and out.count("skipping incomplete checkpoint") == 3, out
     assert json.loads((pod.output / "pretrained_model/robot.json").read_text())["step"] == 10
 
 
-def test_fetching_the_newest_whole_checkpoint(
+def test_fetching_the_newest_complete_checkpoint(
     tmp_path: Path, world: Path, mine: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pod = Pod(tmp_path, world, "training.steps=10")
@@ -556,7 +556,7 @@ def test_fetching_the_newest_whole_checkpoint(
     for _ in range(2):
         done = submit("--fetch", "cups", osmo=mine)
         assert done.returncode == 0, done.stderr
-    assert "checkpoint_000010: not whole: pretrained_model/config.json has 1 of" in done.stderr
+    assert "checkpoint_000010: skipping incomplete checkpoint: pretrained_model/config.json has 1 of" in done.stderr
     fetched = outputs / "osmo/cups/checkpoint_000005"
     assert Path(done.stdout.strip()) == fetched / "pretrained_model"
     assert {path.name for path in fetched.parent.iterdir()} == {fetched.name, "config.yaml"}
@@ -570,4 +570,4 @@ def test_fetching_the_newest_whole_checkpoint(
     assert "1 recordings not trained on" in capsys.readouterr().out
 
     done = submit("--fetch", "nothing-there", osmo=mine)
-    assert done.returncode == 1 and "holds no whole checkpoint" in done.stderr
+    assert done.returncode == 1 and "no complete checkpoint" in done.stderr

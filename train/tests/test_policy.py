@@ -1,4 +1,4 @@
-"""The policy on a robot: chunks, ensembling, what it knows of itself, and that nothing broken makes it act."""
+"""The policy on a robot: chunks, ensembling, robot.json, and no action for broken input."""
 
 import json
 import shutil
@@ -42,26 +42,26 @@ def observation(**changes: Any) -> dict[str, Any]:
     return {"state": STATE, "images": {"color": SHOT}} | changes
 
 
-def test_a_chunk_is_executed_before_it_looks_again(trained_once: Path) -> None:
+def test_n_action_steps_of_a_chunk_are_executed(trained_once: Path) -> None:
     policy = Policy.load(
         trained_once, fps=20, action_as="absolute", state_names=["a", "b", "c"], action_names=list("abc")
     )
     pixels = torch.from_numpy(images.resize(SHOT, (32, 48)))[None, None]
-    chunk = policy.predict(torch.tensor([[0.1, -0.2, 0.3]]), pixels)[0]
+    chunk = policy.pretrained.predict(torch.tensor([[0.1, -0.2, 0.3]]), pixels)[0]
     other = observation(state=np.array([0.5, 0.5, 0.5]))
     actions = [policy.act(observation()), *(policy.act(other) for _ in range(5))]
     assert actions[0].dtype == np.float32 and actions[0].shape == (3,)
-    assert np.array_equal(np.stack(actions[:5]), chunk[:5].numpy()), "resized and normalised as in training"
-    assert not np.allclose(actions[5], chunk[5]), "the sixth is of a new look"
+    assert np.array_equal(np.stack(actions[:5]), chunk[:5].numpy()), "resized and normalized as in training"
+    assert not np.allclose(actions[5], chunk[5]), "the sixth is from a new observation"
     policy.reset()
     shuffled = {"state": dict(reversed(STATE.items())), "images": {"color": SHOT}}
     assert np.array_equal(policy.act(shuffled), actions[0]), "joints in any order; reset forgets the chunk"
     torch.set_float32_matmul_precision("highest")
-    policy.predict(torch.zeros(1, 3), pixels)
-    assert torch.get_float32_matmul_precision() == "highest", "as the robot's program had it"
+    policy.pretrained.predict(torch.zeros(1, 3), pixels)
+    assert torch.get_float32_matmul_precision() == "highest", "unchanged for the robot's program"
 
 
-def test_ensembling_is_the_weighted_mean_of_all_that_was_said_of_a_tick(trained_once: Path) -> None:
+def test_ensembling_is_the_weighted_mean_of_all_predictions_for_a_tick(trained_once: Path) -> None:
     chunks = torch.randn(25, 10, 3)
     for coefficient in (0.01, 0.0, -0.3):
         ensembler = Ensembler(coefficient, 10)
@@ -92,7 +92,7 @@ def test_a_driver_may_publish_more_and_config_json_may_ask_for_ensembling(folder
     assert asked.ensembler is not None
 
 
-def test_it_says_what_it_is_and_refuses_another_robot(trained_once: Path, tmp_path: Path) -> None:
+def test_a_policy_refuses_another_robot(trained_once: Path, tmp_path: Path) -> None:
     policy = Policy.load(trained_once)
     assert (policy.fps, policy.action_as, policy.cameras) == (20, "absolute", ("color",))
     assert policy.state_names == policy.action_names == ("a", "b", "c")
@@ -126,7 +126,7 @@ def test_it_says_what_it_is_and_refuses_another_robot(trained_once: Path, tmp_pa
     [
         ({"state": STATE | {"b": np.nan}}, ["state of b is nan", "driver"]),
         ({"state": np.array([0, np.inf, 1e300])}, ["state of b is inf", "state of c is inf"]),
-        ({"state": {"a": 0.0, "b": 0.0, "gripper": 0.0}}, ["lacks ['c']; there are ['a', 'b', 'gripper']"]),
+        ({"state": {"a": 0.0, "b": 0.0, "gripper": 0.0}}, ["missing ['c']; it has ['a', 'b', 'gripper']"]),
         ({"state": torch.zeros(3, device="meta")}, ["expected (3,) numbers"]),  # as one on a GPU
         ({"state": np.zeros(4)}, ["(4,)", "expected (3,) numbers: a, b, c"]),
         ({"state": ["a", "b", "c"]}, ["expected (3,) numbers"]),
@@ -137,9 +137,9 @@ def test_it_says_what_it_is_and_refuses_another_robot(trained_once: Path, tmp_pa
         ({"images": {"color": SHOT / 255}}, ["color: (96, 128, 3) float64", "uint8 RGB"]),
         ({"images": {"color": SHOT.transpose(2, 0, 1)}}, ["color: (3, 96, 128) uint8"]),
         ({"images": {"color": None}}, ["color: () object"]),
-        ({"images": SHOT}, ["images is a ndarray; expected a picture by camera's name"]),
+        ({"images": SHOT}, ["images is a ndarray; expected a mapping of camera to picture"]),
         ({"images": {"color": torch.zeros(48, 64, 3, device="meta")}}, ["color: () object", "uint8 RGB"]),
-        ({"images": {"color": picture(5, 90, 160)}}, ["color: 160x90", "trained on 64x48"]),
+        ({"images": {"color": picture(5, 90, 160)}}, ["color: 160x90", "aspect ratio of 64x48"]),
     ],
 )
 def test_no_action_for_a_broken_observation(trained_once: Path, wrong: dict[str, Any], words: list[str]) -> None:
@@ -153,7 +153,7 @@ def test_no_action_for_a_broken_observation(trained_once: Path, wrong: dict[str,
     fresh = observation(state=[0.5, 0.5, 0.5])
     after = policy.act(fresh)
     policy.reset()
-    assert np.array_equal(after, policy.act(fresh)), "the chunk from before is not gone on with"
+    assert np.array_equal(after, policy.act(fresh)), "the earlier chunk is dropped"
 
 
 def half(path: Path) -> None:
@@ -173,14 +173,14 @@ def edit(path: Path, change: Callable[[Any], None]) -> None:
 
 STATISTICS = "policy_preprocessor_step_3_normalizer_processor.safetensors"
 BREAKAGES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
-    "empty": (lambda f: shutil.rmtree(f), ["config.json, model.safetensors", "missing"]),
-    "half the weights": (lambda f: half(f / "model.safetensors"), ["is damaged", "copy the checkpoint again"]),
-    "half of config.json": (lambda f: half(f / "config.json"), ["is damaged"]),
-    "half of robot.json": (lambda f: half(f / "robot.json"), ["is damaged"]),
-    "no robot.json": (lambda f: (f / "robot.json").unlink(), ["is damaged", "robot.json"]),
-    "no statistics": (lambda f: (f / STATISTICS).unlink(), ["is damaged", STATISTICS]),
-    "half the statistics": (lambda f: half(f / STATISTICS), ["is damaged"]),
-    "no postprocessor": (lambda f: (f / "policy_postprocessor.json").unlink(), ["policy_postprocessor.json missing"]),
+    "empty": (lambda f: shutil.rmtree(f), ["missing config.json, model.safetensors"]),
+    "half the weights": (lambda f: half(f / "model.safetensors"), ["damaged", "copy the checkpoint again"]),
+    "half of config.json": (lambda f: half(f / "config.json"), ["damaged"]),
+    "half of robot.json": (lambda f: half(f / "robot.json"), ["damaged"]),
+    "no robot.json": (lambda f: (f / "robot.json").unlink(), ["damaged", "robot.json"]),
+    "no statistics": (lambda f: (f / STATISTICS).unlink(), ["damaged", STATISTICS]),
+    "half the statistics": (lambda f: half(f / STATISTICS), ["damaged"]),
+    "no postprocessor": (lambda f: (f / "policy_postprocessor.json").unlink(), ["missing policy_postprocessor.json"]),
     "statistics of other joints": (
         lambda f: edit(f / STATISTICS, lambda t: t.update({"observation.state.mean": torch.zeros(4)})),
         ["observation.state has shape (3,)", "(4,)"],
@@ -190,16 +190,16 @@ BREAKAGES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
         ["statistics of observation.state", "not finite"],
     ),
     "robot.json of other joints": (
-        lambda f: edit(f / "robot.json", lambda r: r["state"].update(names=["a", "b"])),
+        lambda f: edit(f / "robot.json", lambda r: r.update(state_names=["a", "b"])),
         ["robot.json", "[2, 3, ['color']]", "[3, 3, ['color']]"],
     ),
     "robot.json of a like policy": (
-        lambda f: edit(f / "robot.json", lambda r: r["state"].update(names=["b", "a", "c"])),
-        ["robot.json are not those that were written with it", "of one checkpoint"],
+        lambda f: edit(f / "robot.json", lambda r: r.update(state_names=["b", "a", "c"])),
+        ["robot.json were not written with it", "of one checkpoint"],
     ),
     "statistics of a like policy": (
         lambda f: edit(f / STATISTICS, lambda t: t["observation.state.mean"].add_(0.1)),
-        ["statistics and robot.json are not those", "of one checkpoint"],
+        ["its statistics or robot.json were not written", "of one checkpoint"],
     ),
     "a postprocessor of a like policy": (
         lambda f: edit(f / STATISTICS, lambda t: t["action.mean"].add_(0.1)),
@@ -207,11 +207,11 @@ BREAKAGES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     ),
     "weights not finite": (
         lambda f: edit(f / "model.safetensors", lambda t: t["model.action_head.bias"].fill_(torch.inf)),
-        ["model.action_head.bias holds NaN or Inf"],
+        ["NaN or Inf in model.action_head.bias"],
     ),
     "another network": (
         lambda f: edit(f / "config.json", lambda c: c.update(chunk_size=11)),
-        ["is damaged", "decoder_pos_embed"],
+        ["damaged", "decoder_pos_embed"],
     ),
 }
 
@@ -229,14 +229,14 @@ def test_no_policy_from_a_broken_checkpoint(folder: Path, breakage: str) -> None
 def test_an_output_that_is_not_finite_is_no_action(folder: Path) -> None:
     policy = Policy.load(folder)
     with torch.no_grad():
-        policy.model.action_head.weight.fill_(3e38)  # each finite, their sum is not
-    with pytest.raises(Fault, match="its actions are not finite"):
+        policy.pretrained.model.action_head.weight.fill_(3e38)  # each finite, their sum is not
+    with pytest.raises(Fault, match="actions are not finite"):
         policy.act(observation())
-    with pytest.raises(Fault, match="device: 'cuda:99'"):
+    with pytest.raises(Fault, match="device: cannot use 'cuda:99'"):
         Policy.load(folder, device="cuda:99")
 
 
-def test_a_robot_needs_no_reader_of_bags(trained_once: Path) -> None:
+def test_a_robot_needs_no_rosbags(trained_once: Path) -> None:
     code = (
         "import sys; sys.modules.update(dict.fromkeys(['rosbags', 'tqdm', 'torchvision', 'matplotlib', 'PIL'])); "
         f"sys.path.insert(0, {str(Path(train.__file__).parent)!r}); from policy.runner import Policy; "
@@ -246,7 +246,7 @@ def test_a_robot_needs_no_reader_of_bags(trained_once: Path) -> None:
     assert done.stdout == "loaded\n", done.stderr
 
 
-def test_training_starts_from_a_policy(trained_once: Path, tmp_path: Path) -> None:
+def test_training_starts_from_a_policys_weights(trained_once: Path, tmp_path: Path) -> None:
     path = tiny(
         recorded(tmp_path, 2),
         f"training.init_from={trained_once}",
@@ -256,39 +256,40 @@ def test_training_starts_from_a_policy(trained_once: Path, tmp_path: Path) -> No
     )
     out = run("--config", path, "data.fps=10").stdout  # torchvision's weights are not fetched
     assert (
-        f"starting from {trained_once}: its weights, and the statistics of this data; data.fps was 20.0, is 10.0" in out
+        f"starting from {trained_once}: its weights, and the statistics of this data; data.fps was 20.0, now 10.0"
+        in out
     )
     before = load_file(trained_once / "pretrained_model/model.safetensors")
     after = load_file(tmp_path / "run/checkpoint_000005/pretrained_model/model.safetensors")
     moved = max((before[key] - after[key]).abs().max() for key in before)
     assert 0 < moved < 1e-3, "five steps of 1e-5 away"
     card = (tmp_path / "run/checkpoint_000005/pretrained_model/README.md").read_text()
-    assert f"its weights started from `{trained_once}`" in card
+    assert f"started from the weights of `{trained_once}`" in card
     again = run("--config", path, "data.fps=10", "training.steps=6", "training.init_from=/gone").stdout
-    assert "going on from" in again and "starting from" not in again
+    assert "resuming from" in again and "starting from" not in again
 
 
-def test_it_does_not_start_from_another_network(trained_once: Path, tmp_path: Path) -> None:
+def test_training_does_not_start_from_another_network(trained_once: Path, tmp_path: Path) -> None:
     path = tiny(recorded(tmp_path, 2), f"training.init_from={trained_once}", "model.chunk_size=12", "data.cameras={}")
     done = run("--config", path, "model.dim_feedforward=48", check=False)
     for words in (
-        "model.chunk_size is 10 there, 12 here",
+        "model.chunk_size is 10, of this run 12",
         "model.dim_feedforward is 32",
-        "data.cameras, their number is 1",
+        "number of data.cameras is 1",
     ):
         assert words in done.stderr, done.stderr
     done = run("--config", path, f"training.init_from={tmp_path}/none", check=False)
     assert done.returncode == 1 and "training.init_from" in done.stderr and "missing" in done.stderr
 
 
-def test_the_card_says_what_it_was_trained_on(trained_once: Path) -> None:
+def test_the_model_card_names_the_training_data(trained_once: Path) -> None:
     card = (trained_once / "pretrained_model/README.md").read_text()
     for words in (
-        "12 steps on 2 recordings: 2 episodes, 2 s, at 20 Hz",
-        "Held out: 1 recordings, 1 s. mean L1 in standard deviations: ",
+        "12 steps on 2 recordings, 2 episodes, 2 s",
+        "Held out: 1 recordings, 1 episodes, 1 s; mean L1 in standard deviations: ",
         "| state | 3: `a`, `b`, `c` |",
         "| picture `color` | `/camera`, recorded at 64x48, seen at 48x32",
-        "**Absolute**",
+        "**absolute** targets",
         "from_pretrained(",
         "Policy.load(",
     ):

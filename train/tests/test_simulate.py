@@ -1,6 +1,7 @@
 """The closed loop can be trusted: an expert reaches every disc, whoever holds still none, and the figures are right."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -29,7 +30,8 @@ from evaluation.simulated_arm import (
     inverse_kinematics,
 )
 from faults import Fault
-from policy.runner import Policy
+from policy import pretrained
+from training.run import Run
 
 FPS, TRIALS = 30, 6
 COMMANDS = f"[{{topic: {COMMAND_TOPIC}, joints: [{', '.join(JOINTS)}]}}]"
@@ -118,26 +120,27 @@ def test_a_policy_from_bags_is_simulated_from_the_command_line(
     actions = [f"data.action.from={COMMANDS}", "data.action.as=delta"]
     overrides = [*TINY, *places, *actions, "training.steps=2", "data.image_size=[36, 48]"]
     config = load(Path(closed_loop.__file__).parents[1] / "demo.yaml", overrides)
-    last = train.train(config, load_dataset(config))
+    last = train.train(Run(config, load_dataset(config)))
     monkeypatch.setattr("sys.argv", ["evaluate.py", str(last), "--simulate", "3"])
     evaluate.main()
     out = capsys.readouterr().out
     steps = config.model.n_action_steps
-    assert f"3 unseen discs, 4 s at 30 Hz, {steps} of each chunk's deltas to commands executed" in out
-    assert "the camera on, for 10 ticks in a row" in out and "0.0% (0.0%-56.1%)" in out
+    assert f"3 unseen discs, 4 s at 30 Hz, {steps} deltas to commands of each chunk executed" in out
+    assert "camera on, for 10 ticks in a row" in out and "0.0% (0.0%-56.1%)" in out
     folder = tmp_path / "run/evaluation" / last.name
     assert len(json.loads((folder / "simulation.json").read_text())["reached"]) == 4
     sheet = cv2.imread(str(folder / "simulation.png"))
     assert sheet is not None and sheet.shape[1] == 9 * 96 * closed_loop.ENLARGED
 
-    policy = Policy.load(last / "pretrained_model")
-    policy.robot["state"]["from"][0]["joints"] = ["a", "b"]
-    policy.robot |= {"cameras": {}, "fps": 2.0}
-    with pytest.raises(Fault, match=r"policy's state: .*\['a', 'b'\].*expected the demonstration's") as caught:
-        closed_loop.simulate(policy, config, 3, tmp_path)
-    assert len(caught.value.args) == 3 and "fps: 2.0; expected at least 2.5" in str(caught.value)
+    policy = pretrained.load(last)
+    assert policy.robot
+    state_from = [{"topic": JOINT_TOPIC, "joints": ["a", "b"]}]
+    policy = policy._replace(robot=replace(policy.robot, state_from=state_from, cameras={}, fps=2.0))
+    with pytest.raises(Fault, match=r"policy's state is .*\['a', 'b'\].*expected the demo's") as caught:
+        closed_loop.simulate(policy, 3, tmp_path)
+    assert len(caught.value.args) == 3 and "fps is 2.0; expected at least 2.5" in str(caught.value)
     with pytest.raises(Fault, match="at least 2 trials"):
-        closed_loop.simulate(policy, config, 1, tmp_path)
+        closed_loop.simulate(policy, 1, tmp_path)
 
 
 def test_the_observation_is_the_recorded_one() -> None:

@@ -1,4 +1,4 @@
-"""Training as a user runs it: from recordings to a checkpoint, killed and resumed, and what it says when it cannot."""
+"""Training as a user runs it: from recordings to a checkpoint, killed and resumed, and its error messages."""
 
 import contextlib
 import io
@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
@@ -24,9 +23,11 @@ import train
 from config import dump, load
 from dataset.cache import load_dataset
 from faults import Fault, Stopped
+from policy import pretrained
 from policy.runner import Policy
 from training import run_folder
-from training.processes import Processes
+from training.processes import Processes, choose_device
+from training.run import Run
 
 SCRIPT = Path(train.__file__)
 SHARED = Path(__file__).parents[3] / "shared/bags"
@@ -79,7 +80,7 @@ def run(*arguments: str | Path, check: bool = True) -> Done:
 
 def trained(path: Path, *overrides: str) -> Path:
     config = load(path, overrides)
-    return train.train(config, load_dataset(config))
+    return train.train(Run(config, load_dataset(config)))
 
 
 def logged(run_folder: Path) -> list[dict[str, float]]:
@@ -118,11 +119,12 @@ def test_from_recordings_to_a_policy(tmp_path: Path) -> None:
     assert len(losses) == 10 and losses[-1] < 0.7 * losses[0]
     line = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[0])
     assert set(line) == {"step", "loss", "l1", "kl", "grad_norm", "lr", "steps_per_s", "waiting_for_data"}
-    assert load(tmp_path / "run/config.yaml") == load(path), "what ran stands beside what came out"
+    assert load(tmp_path / "run/config.yaml") == load(path), "the configuration is in the run's folder"
 
     robot = json.loads((last / "pretrained_model/robot.json").read_text())
-    assert robot["state"]["names"] == ["a", "b", "c"] and robot["fps"] == 20 and robot["step"] == 40
-    assert robot["action"] == {"names": ["a", "b", "c"], "from": "next_state", "as": "absolute"}
+    assert (robot["format"], robot["fps"], robot["step"]) == (2, 20, 40)
+    assert robot["state_names"] == robot["action_names"] == ["a", "b", "c"]
+    assert (robot["action_from"], robot["action_as"]) == ("next_state", "absolute")
     assert robot["cameras"] == {"color": {"topic": "/camera", "height": 32, "width": 48, "recorded": [[48, 64]]}}
     assert len(robot["recordings"]["train"]) == 2 and len(robot["recordings"]["validation"]) == 1
 
@@ -130,35 +132,35 @@ def test_from_recordings_to_a_policy(tmp_path: Path) -> None:
 def test_the_loaded_policy_is_the_trained_one(tmp_path: Path) -> None:
     config = load(tiny(recorded(tmp_path)))
     data = load_dataset(config)
-    last = train.train(config, data)
-    policy = Policy.load(last / "pretrained_model")
+    last = train.train(Run(config, data))
+    policy = pretrained.load(last)
     batch = data.validation.gather(torch.arange(4).numpy())
     assert batch.images is not None
     chunk = policy.predict(batch.state, batch.images)
     assert chunk.shape == (4, 10, 3) and chunk.isfinite().all()
-    assert not torch.equal(chunk, policy.predict(batch.state, torch.zeros_like(batch.images))), "it looks"
+    assert not torch.equal(chunk, policy.predict(batch.state, torch.zeros_like(batch.images))), "it uses its camera"
     for wrong in ((batch.state[:, :2], batch.images), (batch.state, None), (batch.state * torch.nan, batch.images)):
-        with pytest.raises(Fault, match="the observation"):
+        with pytest.raises(Fault, match="observation: shapes"):
             policy.predict(*wrong)
     (last / "pretrained_model/model.safetensors").write_bytes(b"half")
-    with pytest.raises(Fault, match="is damaged"):
+    with pytest.raises(Fault, match="damaged"):
         Policy.load(last / "pretrained_model")
 
 
-def test_stopping_and_going_on_changes_no_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stopped_run_resumes_to_the_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_num_threads(2)
     path = tiny(recorded(tmp_path), "training.schedule=cosine", "training.warmup_steps=3")
     whole = trained(path, f"output_dir={tmp_path}/whole")
-    rates = train._set_rates
+    rates = train.set_rates
     for step in (3, 7):
         place = f"output_dir={tmp_path}/stopped_at_{step}"
 
-        def interrupt(optimizer: torch.optim.Optimizer, settings: train.Training, at: int, step: int = step) -> None:
-            rates(optimizer, settings, at)
+        def interrupt(optimizer: torch.optim.Optimizer, run: Run, at: int, step: int = step) -> None:
+            rates(optimizer, run, at)
             if at == step:
                 signal.raise_signal(signal.SIGTERM)
 
-        monkeypatch.setattr(train, "_set_rates", interrupt)
+        monkeypatch.setattr(train, "set_rates", interrupt)
         with pytest.raises(Stopped, match=f"stopped at step {step}"):
             trained(path, place)
         monkeypatch.undo()
@@ -166,7 +168,7 @@ def test_stopping_and_going_on_changes_no_bit(tmp_path: Path, monkeypatch: pytes
     torch.set_num_threads(1)
 
 
-def test_killed_at_any_moment_it_goes_on_from_the_last_checkpoint(tmp_path: Path) -> None:
+def test_a_killed_run_resumes_from_the_last_checkpoint(tmp_path: Path) -> None:
     path = tiny(recorded(tmp_path), "training.steps=25", "data.validation_fraction=0")
     whole = trained(path, f"output_dir={tmp_path}/whole")
     process = subprocess.Popen(
@@ -181,12 +183,12 @@ def test_killed_at_any_moment_it_goes_on_from_the_last_checkpoint(tmp_path: Path
     (tmp_path / "run/.checkpoint_000015.tmp").mkdir(exist_ok=True)  # as if it had died while writing
     with (tmp_path / "run/metrics.jsonl").open("a") as log:
         log.write('{"step": 9, "lo')
-    assert f"going on from {newest}" in run("--config", path).stdout
+    assert f"resuming from {newest}" in run("--config", path).stdout
     assert_bit_equal(whole, tmp_path / "run/checkpoint_000025")
     assert not list((tmp_path / "run").glob(".*"))
 
 
-def test_a_checkpoint_copied_in_part_is_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_incomplete_checkpoint_is_skipped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tiny(recorded(tmp_path))
     whole = trained(path, "training.steps=15", f"output_dir={tmp_path}/whole")
     trained(path)
@@ -195,11 +197,11 @@ def test_a_checkpoint_copied_in_part_is_passed_over(tmp_path: Path, capsys: pyte
     weights.write_bytes(weights.read_bytes()[:-9])
     assert_bit_equal(whole, trained(path, "training.steps=15"))
     out = capsys.readouterr().out
-    assert "checkpoint_000015: passed over, it is not whole: pretrained_model/model.safetensors has" in out
-    assert "going on from" in out and "checkpoint_000010" in out
+    assert "checkpoint_000015: skipping incomplete checkpoint: pretrained_model/model.safetensors has" in out
+    assert "resuming from" in out and "checkpoint_000010" in out
 
 
-def test_it_does_not_go_on_with_other_data_or_another_network(tmp_path: Path) -> None:
+def test_a_run_does_not_resume_with_other_data_or_another_network(tmp_path: Path) -> None:
     path = tiny(recorded(tmp_path))
     trained(path)
     write(tmp_path / "bags/episode_7", episode(seed=7))
@@ -220,7 +222,7 @@ def test_it_does_not_go_on_with_other_data_or_another_network(tmp_path: Path) ->
     shutil.rmtree(tmp_path / "bags/episode_7")
     state = tmp_path / "run/checkpoint_000012/training_state/state.safetensors"
     state.write_bytes(b"\xff" * state.stat().st_size)
-    with pytest.raises(Fault, match=r"checkpoint_000012: is damaged .* goes on from the checkpoint before it"):
+    with pytest.raises(Fault, match=r"checkpoint_000012: damaged .* resume from the one before"):
         trained(path, "training.steps=20")
     with pytest.raises(Fault, match="resume: must"):
         trained(path, "training.resume=must", f"output_dir={tmp_path}/new")
@@ -231,17 +233,20 @@ def test_the_state_alone_is_enough(tmp_path: Path) -> None:
     command = f"data.action.from=[{{topic: {COMMAND}, joints: [c, a]}}]"
     last = trained(tiny(tmp_path, "data.cameras={}", command, "training.steps=3"))
     robot = json.loads((last / "pretrained_model/robot.json").read_text())
-    assert "cannot be loaded by LeRobot" in robot["lerobot"] and robot["action"]["names"] == ["c", "a"]
-    assert Policy.load(last / "pretrained_model").predict(torch.zeros(1, 3)).shape == (1, 10, 2)
+    assert robot["cameras"] == {} and robot["action_names"] == ["c", "a"]
+    assert "LeRobot cannot load this policy" in (last / "pretrained_model/README.md").read_text()
+    assert pretrained.load(last).predict(torch.zeros(1, 3)).shape == (1, 10, 2)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rates = train._set_rates
+    rates = train.set_rates
 
-    def explode(optimizer: torch.optim.Optimizer, settings: train.Training, step: int) -> None:
-        rates(optimizer, replace(settings, lr=1e30 if step == 6 else settings.lr), step)
+    def explode(optimizer: torch.optim.Optimizer, run: Run, step: int) -> None:
+        rates(optimizer, run, step)
+        for group in optimizer.param_groups:
+            group["lr"] *= 1e36 if step == 6 else 1
 
-    monkeypatch.setattr(train, "_set_rates", explode)
+    monkeypatch.setattr(train, "set_rates", explode)
     with pytest.raises(Fault, match=r"step 7: loss .*training.lr"):
         trained(tiny(recorded(tmp_path)))
     newest = run_folder.newest_checkpoint(tmp_path / "run")
@@ -253,25 +258,25 @@ def test_the_device_of_each_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: chosen.append(torch.device(device)))
-    for wanted, ranks, expected in (
+    for wanted, processes, expected in (
         ("auto", Processes(), 0),
         ("cuda:1", Processes(), 1),
         ("cuda", Processes(3, 4, 1), 1),
     ):
-        assert train._device(wanted, ranks) == f"cuda:{expected}"
+        assert choose_device(wanted, processes) == torch.device("cuda", expected)
         assert chosen[-1].index == expected, "torch refuses a device without its index"
-    for wanted, ranks in (("cuda:0", Processes(0, 2, 0)), ("auto", Processes(2, 3, 2)), ("cuda:2", Processes())):
+    for wanted, processes in (("cuda:0", Processes(0, 2, 0)), ("auto", Processes(2, 3, 2)), ("cuda:2", Processes())):
         with pytest.raises(Fault, match=r"training\.device"):
-            train._device(wanted, ranks)
+            choose_device(wanted, processes)
 
 
-def test_too_little_memory_is_told_plainly(
+def test_too_little_gpu_memory_is_an_error_without_traceback(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fill(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nGPU 0 has")
 
-    monkeypatch.setattr(train, "_loss", fill)
+    monkeypatch.setattr(train, "losses", fill)
     monkeypatch.setattr(sys, "argv", ["train.py", "--config", str(tiny(recorded(tmp_path, 2)))])
     with pytest.raises(SystemExit) as ended:
         train.main()
@@ -284,32 +289,32 @@ def test_too_little_memory_is_told_plainly(
     [
         (["data.bag_dir=/nowhere"], ["/nowhere does not exist", "make -C train demo"]),
         (["data.cameras={color: /cam}"], ["/cam", "no such topic", "/camera (sensor_msgs/msg/CompressedImage)"]),
-        (["output_dir=/dev/null/run"], ["output_dir", "/dev/null/run", "cannot be written"]),
+        (["output_dir=/dev/null/run"], ["output_dir", "/dev/null/run", "cannot write"]),
         (["training.device=cuda:9"], ["training.device", "cuda:9"]),
         (["model.dim=3", "training.steps=0"], ["model.dim: unknown key", "training.steps: expected at least 1"]),
     ],
 )
-def test_a_wrong_request_gets_one_clear_answer(tmp_path: Path, overrides: list[str], words: list[str]) -> None:
+def test_a_wrong_setting_gets_one_clear_message(tmp_path: Path, overrides: list[str], words: list[str]) -> None:
     done = run("--config", tiny(recorded(tmp_path, 2)), *overrides, check=False)
     assert done.returncode == 1 and all(word in done.stderr for word in words), done.stderr
 
 
-def test_the_exit_code_tells_of_recordings_that_were_skipped(tmp_path: Path) -> None:
+def test_exit_code_3_after_skipped_recordings(tmp_path: Path) -> None:
     path = tiny(recorded(tmp_path), "training.steps=2")
     next((tmp_path / "bags/episode_1").glob("*.mcap")).write_bytes(b"x")
     failed = run("--config", path, check=False)
-    assert failed.returncode == 1 and "cannot be opened" in failed.stderr
+    assert failed.returncode == 1 and "no MCAP file begins like this" in failed.stderr
     done = run("--config", path, "data.on_bad_bag=skip", check=False)
-    assert done.returncode == 3 and "left out by data.on_bad_bag=skip: 1 recordings" in done.stdout
-    assert "episode_1.mcap: cannot be opened" in done.stdout and "policy: " in done.stdout
+    assert done.returncode == 3 and "data.on_bad_bag=skip: skipped 1 recordings" in done.stdout
+    assert "episode_1.mcap: damaged" in done.stdout and "policy: " in done.stdout
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
 @pytest.mark.parametrize(
     ("full", "size", "words"),
     [
-        ("cache", "100k", ["cannot hold the cache", "free some"]),
-        ("run", "30m", ["checkpoint_000005", "cannot be written", "goes on from|no checkpoint is there"]),
+        ("cache", "100k", ["cannot write the cache", "free some"]),
+        ("run", "30m", ["checkpoint_000005", "cannot write", "run the same command"]),
     ],
 )
 def test_a_full_disk(tmp_path: Path, full: str, size: str, words: list[str]) -> None:
@@ -321,7 +326,7 @@ def test_a_full_disk(tmp_path: Path, full: str, size: str, words: list[str]) -> 
         pytest.skip(f"no mount here: {done.stderr}")
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert all(any(word in done.stderr for word in words_.split("|")) for words_ in words), done.stderr
-    assert ".tmp" not in done.stdout and ".building" not in done.stdout, "nothing half written stays"
+    assert ".tmp" not in done.stdout and ".building" not in done.stdout, "no partial file is left"
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="the recordings of others are not here")
@@ -353,12 +358,12 @@ def test_real_recordings_train(tmp_path: Path, path: str, state: str, command: s
     last = trained(
         tiny(tmp_path, f"data.bag_dir={SHARED / path}", f"data.state=[{{{state}}}]", "data.cameras={}", *action)
     )
-    assert json.loads((last / "pretrained_model/robot.json").read_text())["action"]["names"] == names
+    assert json.loads((last / "pretrained_model/robot.json").read_text())["action_names"] == names
     assert all(0 < line["loss"] < 1e4 for line in logged(tmp_path / "run") if "loss" in line)
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="the recordings of others are not here")
-def test_recordings_that_cannot_be_read_are_all_named(tmp_path: Path) -> None:
+def test_all_unreadable_recordings_are_named(tmp_path: Path) -> None:
     done = run(
         "--config",
         tiny(tmp_path, f"data.bag_dir={SHARED}", "data.state=[{topic: /joint_states}]", "data.cameras={}"),
@@ -368,7 +373,7 @@ def test_recordings_that_cannot_be_read_are_all_named(tmp_path: Path) -> None:
     for words in (
         "empty-file.bag: is empty",
         "no-messages.bag: /joint_states: no such topic",
-        "say which joints to take",
+        "list the joints to take",
         "talker: /joint_states",
     ):
         assert words in done.stderr, done.stderr

@@ -1,1 +1,1 @@
-"""What a run needs and leaves: checkpoints, its folder, its processes, its log. Imports dataset and policy."""
+"""What a run leaves: checkpoints, log, run folder; and its processes. May import all rooms above; no rosbags reader of its own."""

@@ -1,4 +1,4 @@
-"""metrics.jsonl, one line each time, and the same figures for TensorBoard where it is installed."""
+"""metrics.jsonl: the figures of a step in one line; the same figures for TensorBoard, if it is installed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from files import write_whole
 
 
 class Log:
-    """The log of a run from a step on; only one process writes, all may ask for their rates."""
+    """The log of a run from a step on; one process writes it."""
 
     def __init__(self, folder: Path, step: int, writes: bool) -> None:
         self.file: TextIO | None = None
@@ -32,7 +32,7 @@ class Log:
             self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def waiting(self, source: Iterator[Batch]) -> Iterator[Batch]:
-        """The batches, with the time that the loop waits for them counted."""
+        """The batches; counts the time that the loop waits for them."""
         while True:
             start = time.perf_counter()
             batch = next(source, None)
@@ -43,13 +43,13 @@ class Log:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """What is done here is not counted as the time of a step."""
+        """Leave the time of this block out of the rates."""
         start = time.perf_counter()
         yield
         self.since += time.perf_counter() - start
 
     def rates(self, step: int) -> dict[str, float]:
-        """Steps a second since the last call, and the share of that time in which the loop waited for data."""
+        """Steps per second since the last call, and the share of that time spent waiting for data."""
         elapsed = time.perf_counter() - self.since
         rates = {"steps_per_s": (step - self.step) / elapsed, "waiting_for_data": self.waited / elapsed}
         self.step, self.since, self.waited = step, time.perf_counter(), 0.0
@@ -69,7 +69,7 @@ class Log:
 
 
 def _lines_until(step: int, log: Path) -> Iterator[str]:
-    """The lines of a log up to a checkpoint: what came after it is done again, and a line cut short by a kill is no line."""
+    """The lines of a log up to a step: later steps will be repeated. A line truncated by a kill is dropped."""
     for line in log.read_text().splitlines() if log.exists() else []:
         try:
             if json.loads(line)["step"] <= step:

@@ -1,6 +1,6 @@
-"""One process for each GPU, as torchrun starts them: who this process is, and what all of them agree on.
+"""One process per GPU, as torchrun starts them: this process's rank and device, and how all processes agree.
 
-A process that ends takes the others with it: its sockets close, they learn its reason from the store, and end too.
+When a process ends, its sockets close; the others read its reason from the store and end, too.
 Without torchrun there is one process, and nothing here communicates.
 """
 
@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
+from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
@@ -24,34 +25,34 @@ from torch import Tensor
 
 from faults import AGAIN, Fault, Stopped
 
-STARTING = timedelta(minutes=5)  # until all processes have met; also a hanging exchange of gradients
-WAITING = timedelta(days=1)  # for one that reads bags, validates or saves: if it dies, its closed socket tells
+STARTING = timedelta(minutes=5)  # for all processes to meet, and for one exchange of gradients
+WAITING = timedelta(days=1)  # for a process that reads bags, validates or saves; its death closes its socket
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h
-# in what gloo, NCCL and the store raise
+# words in the errors of gloo, NCCL and the store when a process is lost
 LOST = ("connection", "broken pipe", "socket", "timed out", "timeout", "remote")
 
 
 class Processes(NamedTuple):
-    """This process among all of them; the defaults are those of a process alone."""
+    """This process among all; by default the only one."""
 
     rank: int = 0
     world: int = 1
-    local: int = 0  # on this machine
-    control: Any = None  # the gloo group over which all agree
+    local: int = 0  # rank on this machine
+    control: Any = None  # gloo group
 
     @property
     def first(self) -> bool:
-        """The one that writes and prints."""
+        """Whether this is the process that writes and prints."""
         return self.rank == 0
 
     def wait(self) -> None:
-        """Until all have come here."""
+        """Wait until all processes arrive here."""
         if self.world > 1:
             dist.barrier(self.control)
 
     @contextmanager
     def local_first(self) -> Iterator[None]:
-        """One process of each machine does what is inside first; the others do it after."""
+        """Run this block in one process of each machine first, then in the others."""
         if self.local != 0:
             self.wait()
         yield
@@ -59,7 +60,7 @@ class Processes(NamedTuple):
             self.wait()
 
     def any(self, flag: bool) -> bool:
-        """Whether it is so in one of them at least."""
+        """Whether the flag is set in any process."""
         if self.world == 1:
             return flag
         flags = torch.tensor(int(flag))
@@ -67,95 +68,128 @@ class Processes(NamedTuple):
         return bool(flags)
 
     def mean(self, figures: Tensor) -> Tensor:
-        """The mean over all of them of figures on the CPU."""
+        """The mean of a CPU tensor over all processes."""
         if self.world > 1:
             dist.all_reduce(figures, dist.ReduceOp.SUM, self.control)
         return figures / self.world
 
     def from_first(self, tensor: Tensor) -> Tensor:
-        """Fill a tensor with what the first process has in its own."""
+        """Overwrite a tensor with the first process's."""
         sent = tensor.detach().cpu().contiguous()
         dist.broadcast(sent, 0, self.control)
         return tensor.copy_(sent)
 
     def agree(self, **facts: Any) -> None:
-        """Raises Fault with the names of what is not the same in all of them."""
+        """Raises Fault with the names of the facts that differ between processes."""
         if self.world == 1:
             return
         digests = [hashlib.sha256(json.dumps(fact, sort_keys=True).encode()).digest()[:8] for fact in facts.values()]
         mine = torch.frombuffer(bytearray(b"".join(digests)), dtype=torch.int64)
-        all_ = [torch.empty_like(mine) for _ in range(self.world)]
-        dist.all_gather(all_, mine, self.control)
+        gathered = [torch.empty_like(mine) for _ in range(self.world)]
+        dist.all_gather(gathered, mine, self.control)
         differ = [
-            f"{name}: not the same in process {rank} as in process 0 (here, in process {self.rank}: {str(fact)[:200]}); "
+            f"{name}: differs between process {rank} and process 0 (process {self.rank} has {str(fact)[:200]}); "
             "expected the same recordings, code and kind of device on every machine"
             for i, (name, fact) in enumerate(facts.items())
-            for rank, theirs in enumerate(all_)
-            if theirs[i] != all_[0][i]
+            for rank, theirs in enumerate(gathered)
+            if theirs[i] != gathered[0][i]
         ]
         if differ:
             raise Fault(*differ)
 
     def end_with(self, code: int) -> None:
-        """End a script that has done its work, but with something to say by its exit code."""
+        """End the finished script with an exit code other than 0."""
         if self.world == 1:
             sys.exit(code)
         if self.first:
-            _tell(code)
+            _write_exit_code(code)
 
-    def gradients(self, device: torch.device) -> Any:
-        """The group that averages gradients on this device."""
+    def gradient_group(self, device: torch.device) -> Any:
+        """The process group that averages gradients."""
         return dist.new_group(timeout=STARTING, backend="nccl" if device.type == "cuda" else "gloo")
 
 
 @contextmanager
 def process_group() -> Iterator[Processes]:
-    """Meet the other processes that torchrun started, and end with them, whichever fails and for what reason."""
+    """Join the processes that torchrun started; if one fails, all end with its reason."""
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world == 1:
         yield Processes()
         return
-    if sys.platform == "linux":  # torchrun gives each a session of its own: killed, it would leave them to train on
+    if sys.platform == "linux":  # else the processes would outlive a killed torchrun
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     store, rank, _ = next(iter(dist.rendezvous("env://", timeout=STARTING)))
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=STARTING)
-    ranks = Processes(rank, world, int(os.environ["LOCAL_RANK"]), dist.new_group(backend="gloo", timeout=WAITING))
+    processes = Processes(rank, world, int(os.environ["LOCAL_RANK"]), dist.new_group(backend="gloo", timeout=WAITING))
     try:
-        yield ranks
-        ranks.wait()
-    except Stopped:  # all of them at the same step
+        yield processes
+        processes.wait()
+    except Stopped:  # all processes stop at the same step
         raise
     except BaseException as error:
         first, code, reason = _first_reason(store, rank, error)
         if code == 1:
-            _tell(code)
+            _write_exit_code(code)
         if first == rank and code == 1:
             raise
         print(f"error: process {rank} of {world} ends: {reason}", file=sys.stderr, flush=True)
-        os._exit(code)  # an orderly end could wait for ever for the process that is gone
+        os._exit(code)  # a normal exit could wait forever for the lost process
     dist.destroy_process_group()
 
 
-def _tell(code: int) -> None:
-    """Leave the exit code to who started torchrun, which takes any but 0 for a failure, and then ends with 1."""
+def _write_exit_code(code: int) -> None:
+    """Write the exit code for the script that started torchrun: torchrun itself ends with 1 for any failure."""
     if path := os.environ.get("EXIT_CODE_FILE"):
         Path(path).write_text(str(code))
 
 
 def _first_reason(store: dist.Store, rank: int, error: BaseException) -> tuple[int, int, str]:
-    """Which process ended first, with what exit code and for what reason."""
+    """The rank, exit code and reason of the process that failed first."""
     said = " ".join(str(error).split())
-    mine = f"{rank} {error.code if isinstance(error, Fault) else 1} process {rank} failed, {type(error).__name__}: {said[:500]}"
+    code, reason = error.code if isinstance(error, Fault) else 1, f"{type(error).__name__}: {said[:500]}"
     if isinstance(error, (SystemExit, KeyboardInterrupt)):
-        mine = f"{rank} {AGAIN} process {rank} was interrupted before its first step; run the same command again"
+        code, reason = AGAIN, "interrupted before its first step; run the same command again"
     elif isinstance(error, RuntimeError) and any(word in said.lower() for word in LOST):
-        mine = (
-            f"{rank} {AGAIN} another process is gone without a word ({said[:160]}); the same command goes on from "
-            "the last checkpoint"
-        )
+        code, reason = AGAIN, f"lost another process ({said[:160]}); run the same command to resume"
     try:
-        told = store.compare_set("reason", "", mine).decode()
-    except RuntimeError:  # the store went with the process that kept it
-        told = f"0 {AGAIN} process 0 is gone; what it printed says why"
-    first, code, reason = told.split(" ", 2)
-    return int(first), int(code), reason
+        told = store.compare_set("reason", "", f"{rank} {code} process {rank}: {reason}").decode()
+    except RuntimeError:  # the store ended with process 0
+        told = f"0 {AGAIN} process 0 ended; see its output"
+    first, first_code, first_reason = told.split(" ", 2)
+    return int(first), int(first_code), first_reason
+
+
+def choose_device(wanted: str, processes: Processes) -> torch.device:
+    """The device of training.device; for torchrun the GPU of this process. Raises Fault if torch does not see it."""
+    device = wanted if wanted != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    if processes.world > 1 and device.startswith("cuda:"):
+        raise Fault(f"training.device: {wanted}, but torchrun started {processes.world} processes; set auto or cuda")
+    if device == "cuda":
+        device = f"cuda:{processes.local}"
+    if device.startswith("cuda"):
+        if not torch.cuda.is_available() or int(device[5:]) >= torch.cuda.device_count():
+            raise Fault(
+                f"training.device: {wanted}: process {processes.local} needs {device}, torch sees "
+                f"{torch.cuda.device_count()} GPUs; set training.device=auto or cpu, start fewer processes, or install a "
+                "torch for your driver"
+            )
+        torch.cuda.set_device(device)
+    return torch.device(device)
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """A list that receives SIGINT and SIGTERM; a second Ctrl-C stops at once."""
+    received: list[int] = []
+
+    def receive(number: int, _: FrameType | None) -> None:
+        received.append(number)
+        if number == signal.SIGINT:  # not SIGTERM: torchrun sends it twice
+            signal.signal(number, signal.SIG_DFL)
+
+    before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

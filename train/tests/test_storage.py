@@ -1,4 +1,4 @@
-"""Hundreds of damaged recordings, of every storage: no traceback, no message lost in silence, nothing missed that can be seen."""
+"""Storage files: the same messages as rosbags, and hundreds of damaged files without a traceback or a silently lost message."""
 
 import random
 import shutil
@@ -10,6 +10,7 @@ from zlib import crc32
 
 import numpy as np
 import pytest
+from rosbags import rosbag1, rosbag2
 from writing import (
     CAMERA,
     COMMAND,
@@ -31,7 +32,7 @@ from config import load
 from dataset.cache import load_dataset
 from faults import Fault
 from inspection.verdict import inspect
-from recordings.bags import find_bags, open_storage, plain
+from recordings.bags import find_bags, opened, plain, read_messages
 
 JOINT_STATE, JPEG = "sensor_msgs/msg/JointState", "sensor_msgs/msg/CompressedImage"
 STORAGES = (*KINDS, "mcap-crc")
@@ -47,6 +48,45 @@ def record(folder: Path, kind: str, messages: list[Timed] | None = None) -> Path
     if kind == "mcap-crc":
         file.write_bytes(with_sums(file.read_bytes()))
     return file
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_same_messages_as_rosbags(tmp_path: Path, kind: str) -> None:
+    file = record(tmp_path, kind)
+    if kind == "sqlite-zstd-file":
+        (bag,), _ = find_bags(tmp_path)
+        assert [m.receive_ns for m in read_messages(bag, [STATE])] == [m[2] for m in episode(SECONDS) if m[0] == STATE]
+        return
+    reader: Any = rosbag1.Reader(file) if is_ros1(kind) else rosbag2.Reader(file)
+    with reader, opened(file) as storage:
+        theirs = [(connection.topic, receive, bytes(raw)) for connection, receive, raw in reader.messages()]
+        assert [(connection.topic, receive, raw) for connection, receive, raw in storage.messages()] == theirs
+
+
+def test_messages_come_in_receive_order_and_need_no_index(tmp_path: Path) -> None:
+    """Chunks that overlap in time; message indexes and summary removed."""
+    messages = [
+        (STATE, JOINT_STATE, 10**9 + (i * 7919 % 400) * MS, joint_state(10**9 + i * MS, [i, 0, 0])) for i in range(400)
+    ]
+    file = record(tmp_path, "mcap", messages)
+    file.write_bytes(without_indexes(file.read_bytes()))
+    with opened(file) as storage:
+        stamps = [receive for _, receive, _ in storage.messages()]
+    assert stamps == sorted(stamp for _, _, stamp, _ in messages)
+
+
+def without_indexes(content: bytes) -> bytes:
+    """An MCAP file of the records up to the end of the data, without message indexes."""
+    out, at = bytearray(content[:8]), 8
+    while at < len(content) - 8:
+        kind, length = struct.unpack_from("<BQ", content, at)
+        if kind not in (0x07, 0x0F) and kind != 0x02:
+            out += content[at : at + 9 + length]
+        at += 9 + length
+        if kind == 0x0F:
+            break
+    out += struct.pack("<BQI", 0x0F, 4, 0) + struct.pack("<BQQQI", 0x02, 20, 0, 0, 0)
+    return bytes(out + content[-8:])
 
 
 def is_ros1(kind: str) -> bool:
@@ -70,7 +110,7 @@ def with_sums(content: bytes) -> bytes:
     return bytes(out + content[-8:])
 
 
-def said_of(folder: Path) -> tuple[list[str], list[str]]:
+def reported(folder: Path) -> tuple[list[str], list[str]]:
     """Faults and warnings of an inspection of a folder. A training finds the same faults, or it would read the recordings."""
     config = load(
         None,
@@ -90,10 +130,10 @@ def said_of(folder: Path) -> tuple[list[str], list[str]]:
     try:
         load_dataset(config)
     except Fault as fault:
-        assert faults, f"a training refuses what an inspection finds nothing wrong with: {fault}"
+        assert faults, f"training refuses what inspection accepts: {fault}"
     else:
         unused = all("do not decode as a picture" in fault for fault in faults)  # by any tick
-        assert unused, f"a training reads what an inspection finds fault with: {faults}"
+        assert unused, f"training reads what inspection refuses: {faults}"
     return faults, [warning for one in found for warning in one.warnings]
 
 
@@ -136,10 +176,13 @@ def short(number: int, _: Any, stamp: int, ros1: bool) -> tuple[str, Any]:
     return JOINT_STATE, make(JOINT_STATE, ros1, stamp=stamp, **fields)
 
 
-# what is recorded wrong, and what must be said of it
+# what is recorded wrong, and the expected words
 WRONG: dict[str, tuple[Callable[[list[Timed], bool], list[Timed]], list[str]]] = {
     "no topic": (lambda m, _: [one for one in m if one[0] != STATE], [STATE, "no such topic", f"{CAMERA} ({JPEG})"]),
-    "no joint": (joints(lambda _, v: v[:2], lambda _: "ab"), [STATE, "message 0", "no joint c", "there: a, b"]),
+    "no joint": (
+        joints(lambda _, v: v[:2], lambda _: "ab"),
+        [STATE, "message 0", "no joint c", "joints in the message: a, b"],
+    ),
     "a joint that appears halfway": (
         joints(lambda n, v: v[: 2 + (n > 25)], lambda n: "abc" if n > 25 else "ab"),
         [STATE, "message 0", "no joint c"],
@@ -149,12 +192,12 @@ WRONG: dict[str, tuple[Callable[[list[Timed], bool], list[Timed]], list[str]]] =
         [STATE, "message 25 at t+0.25", "no joint c"],
     ),
     "no names": (joints(lambda _, v: v, lambda _: ""), [STATE, "name[] is empty", "index"]),
-    "nan": (joints(at_20(np.nan)), [STATE, "b is nan", "t+0.200 s", "1 messages"]),
-    "beyond 32 bits": (joints(at_20(1e300)), [STATE, "b is 1e+300", "as a float32 holds them"]),
+    "nan": (joints(at_20(np.nan)), [STATE, "b is nan", "t+0.200 s", "1 such messages"]),
+    "beyond 32 bits": (joints(at_20(1e300)), [STATE, "b is 1e+300", "float32 numbers"]),
     "infinite": (joints(at_20(-np.inf)), [STATE, "b is -inf", "t+0.200 s"]),
     "a jump": (
         joints(at_20(2.0)),
-        [STATE, "b goes from 0.38 to 2 within 10.0 ms", "message 20, t+0.200 s", "and back"],
+        [STATE, "b jumps from 0.38 to 2 in 10.0 ms", "message 20, t+0.200 s", "and back"],
     ),
     "fewer positions than names": (changed(STATE, short), [STATE, "2 values for 3 joint names"]),
     "another type": (
@@ -170,7 +213,7 @@ WRONG: dict[str, tuple[Callable[[list[Timed], bool], list[Timed]], list[str]]] =
         changed(
             CAMERA, lambda n, c, t, ros1: ("sensor_msgs/msg/Image", image(t, picture(n)[..., :2], "16UC1", ros1=ros1))
         ),
-        [CAMERA, "depth or 16-bit", "colour camera"],
+        [CAMERA, "depth or 16-bit", "color camera"],
     ),
     "rows that do not fit": (
         changed(CAMERA, lambda n, c, t, ros1: ("sensor_msgs/msg/Image", image(t, picture(n), step=100, ros1=ros1))),
@@ -184,26 +227,26 @@ WRONG: dict[str, tuple[Callable[[list[Timed], bool], list[Timed]], list[str]]] =
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_recorded_wrong_is_named(tmp_path: Path, kind: str) -> None:
+def test_a_wrong_recording_is_named(tmp_path: Path, kind: str) -> None:
     for wrong, (change, words) in WRONG.items():
         folder = tmp_path / wrong
         record(folder, kind, change(episode(SECONDS, ros1=is_ros1(kind)), is_ros1(kind)))
-        faults, _ = said_of(folder)
+        faults, _ = reported(folder)
         assert any(all(word in fault for word in ["bag", *words]) for fault in faults), f"{wrong}: {faults}"
-        assert len(faults) <= 2, f"{wrong} is one fault: {faults}"
+        assert len(faults) <= 2, f"{wrong}: one fault expected: {faults}"
 
 
 def zeroed(start: int, stop: int) -> Callable[[bytes], bytes]:
     return lambda content: content[:start] + bytes(min(stop, len(content)) - start) + content[stop:]
 
 
-# what becomes of a whole file, and what must be said of it; the second list is of files that are packed as a whole
+# what happens to a file, and the expected message; the second is that of files compressed as a whole
 BROKEN: dict[str, tuple[Callable[[bytes], bytes], str, str]] = {
     "empty": (lambda c: b"", "is empty (0 bytes)", "is empty (0 bytes)"),
-    "cut to a half": (lambda c: c[: len(c) // 2], "cannot be opened", "cannot be unpacked"),
-    "cut by a byte": (lambda c: c[:-1], "", "cannot be unpacked"),
-    "without its beginning": (zeroed(0, 64), "cannot be opened", "cannot be unpacked"),
-    "another file": (lambda c: random.Random(0).randbytes(len(c)), "cannot be opened", "cannot be unpacked"),
+    "cut to a half": (lambda c: c[: len(c) // 2], "damaged", "cannot decompress"),
+    "cut by a byte": (lambda c: c[:-1], "damaged", "cannot decompress"),
+    "without its beginning": (zeroed(0, 64), "damaged", "cannot decompress"),
+    "another file": (lambda c: random.Random(0).randbytes(len(c)), "damaged", "cannot decompress"),
 }
 
 
@@ -212,7 +255,7 @@ def test_a_broken_file_is_named(tmp_path: Path, kind: str) -> None:
     for broken, (change, words, packed_words) in BROKEN.items():
         file = record(tmp_path / broken, kind)
         file.write_bytes(change(file.read_bytes()))
-        faults, _ = said_of(tmp_path / broken)
+        faults, _ = reported(tmp_path / broken)
         said = packed_words if kind == "sqlite-zstd-file" else words
         assert any(file.name in fault and said in fault for fault in faults), f"{broken}: {faults}"
 
@@ -245,8 +288,8 @@ def different(a: bytes, b: bytes) -> int:
 
 
 @pytest.mark.parametrize("kind", STORAGES)
-def test_flipped_bits_lose_nothing_in_silence(tmp_path: Path, kind: str) -> None:
-    """What nothing is said of has every message, with its stamp; and its content, but for what no reader can see."""
+def test_flipped_bits_lose_no_message_silently(tmp_path: Path, kind: str) -> None:
+    """A file without a reported fault has every message with its stamp; and its content, if the file has checksums."""
     file = record(tmp_path / "whole", kind)
     store = STORES[is_ros1(kind)]
     serialize = store.serialize_ros1 if is_ros1(kind) else store.serialize_cdr
@@ -261,13 +304,13 @@ def test_flipped_bits_lose_nothing_in_silence(tmp_path: Path, kind: str) -> None
         damaged = folder / file.relative_to(tmp_path / "whole")
         content, bits = flip(file.read_bytes(), places, seed)
         damaged.write_bytes(content)
-        if any(said_of(folder)):
+        if any(reported(folder)):
             said += 1
             continue
         read: dict[str, list[tuple[int, bytes]]] = {topic: [] for topic in recorded}
-        with open_storage(damaged) as storage:
-            for connection, receive, raw in storage.raw:
-                read[connection.topic].append((receive, plain(bytes(raw), connection.topic)))
+        with opened(damaged) as storage:
+            for connection, receive, raw in storage.messages():
+                read[connection.topic].append((receive, plain(raw)))
         others = 0
         for topic, expected in recorded.items():
             assert [one[0] for one in read[topic]] == [one[0] for one in expected], f"seed {seed}: {topic}"
@@ -278,4 +321,4 @@ def test_flipped_bits_lose_nothing_in_silence(tmp_path: Path, kind: str) -> None
             f"seed {seed}"
         )
     if kind in SUMMED:
-        assert said > FLIPPED / 2, "the others hit what nobody reads"
+        assert said > FLIPPED / 2, "the others hit unused bytes"

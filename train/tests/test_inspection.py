@@ -1,4 +1,4 @@
-"""Inspecting recordings: what is measured is what was recorded, and only what is wrong is warned of."""
+"""Inspecting recordings: measures match what was recorded, and only faults are warned of."""
 
 import json
 import re
@@ -28,13 +28,13 @@ from writing import (
 )
 
 import inspect_bags
-import train
 from config import Config, load
 from dataset.cache import load_dataset
 from inspection.propose import propose
 from inspection.verdict import BAD, GOOD, USABLE, Inspection, inspect
 from recordings import plausibility
 from recordings.bags import find_bags
+from training.run import Run
 
 SHARED = Path(__file__).parents[3] / "shared/bags"
 SCRIPT = Path(inspect_bags.__file__)
@@ -111,11 +111,11 @@ def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return done
 
 
-def test_what_is_measured_is_what_was_recorded(tmp_path: Path) -> None:
+def test_measures_match_what_was_recorded(tmp_path: Path) -> None:
     messages = [m for m in arm() if not (m[0] == STATE and 1.5 <= (m[2] - MS - START) / 1e9 < 1.9)]
     found = inspected(tmp_path, messages, configured(tmp_path))
     state, camera = found.topics[STATE], found.topics[CAMERA]
-    assert (state.read, state.stored, state.declared, state.types) == (360, 360, 360, (JOINT_STATE,))
+    assert (state.read, state.declared, state.types) == (360, 360, (JOINT_STATE,))
     assert state.rate_hz == pytest.approx(100) and camera.rate_hz == pytest.approx(30, rel=1e-6)
     assert state.slowest_second_hz == pytest.approx(60, abs=2), "in which 0.4 s are missing"
     assert state.largest_gap == (pytest.approx(1.49 - 0.001), pytest.approx(0.41)), "header stamps lead by 1 ms"
@@ -152,7 +152,7 @@ WRONG: dict[str, tuple[dict[str, Any], tuple[str, ...], tuple[str, ...]]] = {
     "action is state": (
         {},
         (f"data.action.from=[{{topic: {STATE}, joints: [a, b, c]}}]",),
-        ("the state itself at 100%",),
+        ("the action equals the state at 100%",),
     ),
     "command silent": (
         {"seconds": 8.0, "silent": (2.0, 6.0)},
@@ -164,7 +164,7 @@ WRONG: dict[str, tuple[dict[str, Any], tuple[str, ...], tuple[str, ...]]] = {
         (f"data.max_age_ms={{{COMMAND}: 5000}}",),
         (f"{COMMAND}: silent for 4.0 s from t+2.0 s", "holds its last message for 4.0 s of that"),
     ),
-    "joint never moves": ({"still": (1,)}, (), ("b never moves (it stays at 0.3)",)),
+    "joint never moves": ({"still": (1,)}, (), ("b never moves (stays at 0.3)",)),
     "nothing moves": ({"still": (0, 1, 2)}, NEXT, ("nothing moves: no joint",)),
     "degrees": ({"unit": 57.3}, (), ("are these degrees?",)),
     "copies its state": (
@@ -172,30 +172,30 @@ WRONG: dict[str, tuple[dict[str, Any], tuple[str, ...], tuple[str, ...]]] = {
         ("data.action.from=next_state", "model.chunk_size=1", "model.n_action_steps=1"),
         ("a policy could copy its state",),
     ),
-    "lag": ({"lag": 0.4}, (), ("follows the command about 39",)),
+    "lag": ({"lag": 0.4}, (), ("follows the command 39",)),
     "idle": ({"seconds": 9.0, "waits": 5.0}, (), ("begins with 5.",)),
-    "short": ({"seconds": 1.0}, ("model.chunk_size=100",), ("1 of 1 episodes are shorter", "the longest has 29")),
-    "slow camera": ({"camera_hz": 10}, (), ("camera color gives 9.8", "set data.fps to about 10")),
+    "short": ({"seconds": 1.0}, ("model.chunk_size=100",), ("1 of 1 episodes are shorter", "longest 29")),
+    "slow camera": ({"camera_hz": 10}, (), ("camera color has 9.8", "data.fps to about 10")),
     "frozen camera": ({"frozen": (1.0, 2.0)}, (), (f"{CAMERA}: 29 of 120 pictures", "the camera hung")),
-    "black pictures": ({"black": (-1.0, 1.0)}, (), (f"{CAMERA}:", "looked at are black")),
+    "black pictures": ({"black": (-1.0, 1.0)}, (), (f"{CAMERA}:", "checked pictures are black")),
     "a turn": (
         {"turns": 2.0},
         NEXT,
-        (f"{STATE}: b goes from", "within 10.0 ms, at message 211", "one of 1 such", "a turn of 2 pi"),
+        (f"{STATE}: b jumps from", "in 10.0 ms at message 211", "(1 such jumps)", "does the angle wrap"),
     ),
     "hovers at pi": (
         {"turns": 2.0, "back": 2.02},
         NEXT,
-        (f"{STATE}: b goes from", "one of 2 such", "a turn of 2 pi"),
+        (f"{STATE}: b jumps from", "(2 such jumps)", "does the angle wrap"),
     ),
-    "late pictures": ({"late": 200 * MS}, (), (f"{CAMERA}: messages arrive 200 ms after their header's stamp",)),
-    "late joints": ({"ahead": -300 * MS}, NEXT, (f"{STATE}: messages arrive 301 ms after their header's stamp",)),
+    "late pictures": ({"late": 200 * MS}, (), (f"{CAMERA}: messages arrive 200 ms after their header stamp",)),
+    "late joints": ({"ahead": -300 * MS}, NEXT, (f"{STATE}: messages arrive 301 ms after their header stamp",)),
     "a clock ahead": ({"ahead": 300 * MS}, NEXT, (f"{STATE}: messages are stamped 299 ms after they arrived",)),
 }
 
 
 @pytest.mark.parametrize("what", WRONG)
-def test_only_what_is_wrong_is_warned_of(tmp_path: Path, what: str) -> None:
+def test_only_faults_are_warned_of(tmp_path: Path, what: str) -> None:
     recorded, overrides, words = WRONG[what]
     found = inspected(tmp_path, arm(**recorded), configured(tmp_path, *overrides))
     assert not found.faults and found.verdict == (USABLE if words else GOOD)
@@ -205,7 +205,7 @@ def test_only_what_is_wrong_is_warned_of(tmp_path: Path, what: str) -> None:
     assert all(word in found.warnings[0] for word in words), found.warnings
 
 
-def test_a_dry_run_says_the_same_of_what_is_cached(tmp_path: Path) -> None:
+def test_a_dry_run_gives_the_same_warnings(tmp_path: Path) -> None:
     recordings = {
         "good": {},
         "stuck": {"still": (1,)},
@@ -217,7 +217,7 @@ def test_a_dry_run_says_the_same_of_what_is_cached(tmp_path: Path) -> None:
     config = configured(tmp_path)
     bags, _ = find_bags(tmp_path / "bags")
     said = [f"{bag.name}: {warning}" for bag in bags for warning in inspect(bag, config).warnings]
-    reported = train.report(config, load_dataset(config)).splitlines()
+    reported = Run(config, load_dataset(config)).report().splitlines()
     warnings = [line.removeprefix("warning: ") for line in reported if line.startswith("warning: ")]
     assert len(said) == 3 and sorted(warnings) == sorted(said)
 
@@ -231,7 +231,7 @@ def test_topics_that_other_readers_drop_are_counted(storage: str) -> None:
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="the recordings of others are not here")
-def test_types_that_are_not_known_are_counted() -> None:
+def test_messages_of_unknown_types_are_counted() -> None:
     (bag,), _ = find_bags(SHARED / "ros2-rosbag2/mcap/bag_with_topics_and_service_events")
     found = inspect(bag)
     service = found.topics["/test_service1/_service_event"]
@@ -250,7 +250,7 @@ def test_a_real_camera_and_real_arms() -> None:
         for bag in find_bags(SHARED / folder)[0]:
             found[bag.name] = inspect(bag, pictures=True)
     camera = found["aruco_images.bag"].topics["/raspicam_node/image/compressed"]
-    assert camera.pictures and camera.pictures.kinds == {"1280x960 jpeg": 1} and "1.24 s off" in camera.clock
+    assert camera.pictures and camera.pictures.kinds == {"1280x960 jpeg": 1} and "off by up to 1.24 s" in camera.clock
     assert camera.pictures.shown[0].pixels.shape == (240, 320, 3)
     sums = {name: one.checksums for name, one in found.items()}
     assert (
@@ -299,11 +299,11 @@ def test_faults_of_reading_and_of_training(tmp_path: Path) -> None:
     (path / "metadata.yaml").write_text(text.replace("message_count: 31", "message_count: 5"))
     (bag,), _ = find_bags(tmp_path / "bags")
     assert inspect(bag).faults == [
-        f"{CAMERA}: 31 messages read, metadata.yaml declares 5; if the storage is right, `ros2 bag reindex` the folder"
+        f"{CAMERA}: 31 messages read, metadata.yaml declares 5; copy the recording again, or `ros2 bag reindex` its folder"
     ]
     state_alone = configured(tmp_path, "data.cameras={}", "data.action.from=next_state")
     found = inspect(bag, state_alone)
-    assert not found.faults and "declares 5" in found.warnings[0], "a topic that nobody asked for is no fault"
+    assert not found.faults and "declares 5" in found.warnings[0], "an unwanted topic is no fault"
     misspelt = replace(state_alone, data=replace(state_alone.data, cameras={"color": "/elsewhere"}))
     assert [fault for fault in inspect(bag, misspelt).faults if "/elsewhere: no such topic" in fault]
 
@@ -317,7 +317,7 @@ def test_the_command(tmp_path: Path) -> None:
     done = run(*command, "model.n_action_steps=30")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "warning: b never moves" in done.stdout and max(map(len, done.stdout.splitlines())) <= 100
-    assert "\n2 recordings: 1 good, 1 usable, read the warnings; look at" in done.stdout
+    assert "\n2 recordings: 1 good, 1 usable, read the warnings; read the lines marked" in done.stdout
     (tmp_path / "bags/empty.mcap").write_bytes(b"")
     done = run(tmp_path / "bags", "--json", "--no-pictures")
     tree = json.loads(done.stdout, parse_constant=lambda name: pytest.fail(f"{name} in JSON"))
@@ -332,7 +332,7 @@ def test_the_command(tmp_path: Path) -> None:
     )
     assert heard.stdout and not heard.stderr
     several = run(tmp_path / "bags/good", tmp_path / "bags/stuck", "--propose")
-    assert several.returncode == 1 and "give the folder that holds the recordings" in several.stderr
+    assert several.returncode == 1 and "expected one folder with all recordings" in several.stderr
     nowhere = run(tmp_path / "nowhere")
     assert nowhere.returncode == 1 and "does not exist" in nowhere.stderr
 
@@ -401,6 +401,7 @@ import re
 from pathlib import Path
 from inspection import verdict
 from recordings.bags import find_bags
+from training.run import Run
 def peak():
     return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) // 1024
 (bag,), _ = find_bags(Path("{tmp_path}/bags"))
