@@ -33,6 +33,7 @@ from dataset.normalize import Normalizer
 from evaluation.report import judge_at_the_end
 from faults import SKIPPED, Fault, Stopped, exit_with_message
 from files import write_whole
+from policy.pretrained import matmul_precision
 from training import checkpoints, run_folder
 from training.checkpoints import Figures, TrainingState
 from training.log import Log
@@ -46,7 +47,7 @@ def train(run: Run) -> Path:
     """Optimize from the newest checkpoint, or from the start, to the last step. Returns the last checkpoint."""
     config, dataset, processes = run.config, run.dataset, run.processes
     settings = config.training
-    torch.set_float32_matmul_precision("medium")  # TF32 on a GPU; on a CPU without AMX faster kernels, still fp32
+    torch.set_float32_matmul_precision(matmul_precision(run.device))
     torch.manual_seed(settings.seed)
     processes.agree(
         **{"kind of device": run.device.type, "precision": str(run.precision), "training": to_dict(settings)},
