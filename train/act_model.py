@@ -1,8 +1,8 @@
 """The ACT policy network and its loss: an observation in, a chunk of future actions out.
 
 ACT (Zhao et al. 2023, arXiv:2304.13705) is a conditional VAE around a DETR-style Transformer (Carion et al. 2020,
-arXiv:2005.12872) over ResNet-18 features (He et al. 2015, arXiv:1512.03385). Function, initialisation and state names
-are those of LeRobot's ACT, so that weights pass both ways; ResNet-18 carries torchvision's names.
+arXiv:2005.12872) over ResNet-18 features (He et al. 2015, arXiv:1512.03385). Function, initialization and state names
+are LeRobot's ACT's, so weights can be exchanged in both directions; ResNet-18 has torchvision's state names.
 
 Shapes: B batch, T chunk, C cameras, S state, A action, D width, L latent, N tokens, H W image.
 """
@@ -19,13 +19,13 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from config import Model
 
-# MKL's vector functions choose their accuracy at the first call of a process: made by two threads at once, one of them may
-# work to 1e-4 alone, and no two runs are alike. So the first call is made here.
+# MKL's vector functions choose their accuracy at a process's first call. If two threads make it at once, one may compute
+# to only 1e-4, and runs differ. So the first call is here.
 torch.zeros(1).sin()
 
 
 class ACTOutput(NamedTuple):
-    """What the network says: a normalised chunk and, from the VAE encoder in training, the latent's distribution."""
+    """The network's output: a normalized chunk and, from the VAE encoder in training, the latent's distribution."""
 
     actions: Tensor  # (B, T, A)
     mu: Tensor | None  # (B, L)
@@ -33,7 +33,7 @@ class ACTOutput(NamedTuple):
 
 
 class ACT(nn.Module):
-    """Action Chunking Transformer; with `cameras == 0` it acts on the state alone and has no backbone."""
+    """Action Chunking Transformer; with `cameras == 0` it sees only the state and has no backbone."""
 
     vae_encoder_pos_enc: Tensor
 
@@ -75,11 +75,11 @@ class ACT(nn.Module):
         action_is_pad: Tensor | None = None,
         noise: Tensor | None = None,
     ) -> ACTOutput:
-        """Predict the chunk (B, T, A) from state (B, S) and images (B, C, 3, H, W), all of them normalised.
+        """Predict the chunk (B, T, A) from state (B, S) and images (B, C, 3, H, W), all normalized.
 
-        In training the latent is drawn, by standard normal `noise` (B, L) if given, from what the VAE encoder sees in
-        `actions` (B, T, A), of which `action_is_pad` (B, T) marks the steps past the episode's end; otherwise it is
-        zero, the prior's mean.
+        In training the latent is drawn, with standard normal `noise` (B, L) if given, from the VAE encoder's
+        distribution for `actions` (B, T, A), where `action_is_pad` (B, T) marks steps past the episode's end. Otherwise
+        it is zero, the prior's mean.
         """
         mu = log_sigma_x2 = None
         latent = state.new_zeros(len(state), self.latent_dim)
@@ -99,7 +99,7 @@ class ACT(nn.Module):
         return ACTOutput(self.action_head(chunk), mu, log_sigma_x2)
 
     def encode_actions(self, state: Tensor, actions: Tensor, action_is_pad: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The latent's mean and log variance (B, L) each, given the actions that were taken."""
+        """The latent's mean and log variance, (B, L) each, given the actions."""
         tokens = torch.cat(
             [
                 self.vae_encoder_cls_embed.weight.expand(len(state), 1, -1),
@@ -108,7 +108,7 @@ class ACT(nn.Module):
             ],
             1,
         )
-        attend = None  # (B, 1, 1, T + 2), True where a token may be looked at
+        attend = None  # (B, 1, 1, T + 2), True where a token takes part in attention
         if action_is_pad is not None:
             attend = F.pad(~action_is_pad, (2, 0), value=True)[:, None, None]
         summary = self.vae_encoder(tokens, self.vae_encoder_pos_enc[0], attend, keep=1)[:, 0]
@@ -127,10 +127,10 @@ class ACT(nn.Module):
 def act_loss(
     output: ACTOutput, actions: Tensor, action_is_pad: Tensor, kl_weight: float, real_steps: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss, and its two terms: L1 over the real entries of actions (B, T, A), and the KL divergence to N(0, 1).
+    """The loss and its two terms: L1 over the real entries of actions (B, T, A), and the KL divergence to N(0, 1).
 
-    Where several processes share a batch, `real_steps` () is their mean number of real steps: with it the mean of
-    their losses is the loss of the whole batch.
+    If several processes share a batch, `real_steps` () is their mean number of real steps: the mean of their losses is
+    then the loss of the whole batch.
     """
     real = ~action_is_pad[..., None]
     if real_steps is None:
@@ -143,10 +143,9 @@ def act_loss(
 
 
 def load_imagenet_weights(model: ACT) -> None:
-    """Start the backbone from torchvision's ImageNet weights, from its cache or else downloaded.
+    """Load torchvision's ImageNet weights into the backbone, from its cache or downloaded.
 
-    Raises whatever torchvision's import or its download raises (ImportError, RuntimeError, OSError): the caller knows
-    what the user can do about it.
+    Raises what torchvision's import or its download raises (ImportError, RuntimeError, OSError).
     """
     from torchvision.models import ResNet18_Weights
 
@@ -262,14 +261,19 @@ class Attention(nn.Module):
         nn.init.xavier_uniform_(self.in_proj_weight)
         nn.init.zeros_(self.out_proj.bias)
 
+    def split_heads(self, x: Tensor) -> Tensor:
+        """(B, N, D) as (B, heads, N, D / heads)."""
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
     def forward(self, query: Tensor, key: Tensor, value: Tensor, attend: Tensor | None = None) -> Tensor:
         """Let query (B, M, D) look at key and value (B, N, D) where attend, if given, is true."""
         bias_q, bias_k, bias_v = self.in_proj_bias.chunk(3)
-        # the softmax does not see the key's bias: its gradient is rounding noise, which AdamW would take for a direction
-        biases = bias_q, bias_k.detach(), bias_v
-        inputs = zip((query, key, value), self.in_proj_weight.chunk(3), biases, strict=True)
-        q, k, v = (F.linear(x, w, b).unflatten(-1, (self.heads, -1)).transpose(1, 2) for x, w, b in inputs)
-        if query.device.type == "cpu":  # whose fused kernel has no dropout, and takes two to seven times as long
+        # the softmax cancels the key's bias: its gradient is rounding noise, which AdamW would follow
+        weight_q, weight_k, weight_v = self.in_proj_weight.chunk(3)
+        q = self.split_heads(F.linear(query, weight_q, bias_q))
+        k = self.split_heads(F.linear(key, weight_k, bias_k.detach()))
+        v = self.split_heads(F.linear(value, weight_v, bias_v))
+        if query.device.type == "cpu":  # its fused kernel has no dropout, and takes two to seven times as long
             scores = (q * q.shape[-1] ** -0.5) @ k.mT
             if attend is not None:
                 scores = scores.masked_fill(~attend, -math.inf)
@@ -281,7 +285,7 @@ class Attention(nn.Module):
 
 
 class Dropout(nn.Module):
-    """Dropout; on the CPU its mask comes from 16 random bits per element, in a quarter of the time of F.dropout's."""
+    """Dropout; on a CPU its mask uses 16 random bits per element, which takes a quarter of F.dropout's time."""
 
     def __init__(self, rate: float) -> None:
         super().__init__()
@@ -313,7 +317,9 @@ class ResNet18(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = normed_conv(x, self.conv1, self.bn1)
-        x = F.max_pool2d(x, 3, stride=2, padding=1).relu_()  # after the pooling: the same, on a quarter of the values
+        x = F.max_pool2d(
+            x, 3, stride=2, padding=1
+        ).relu_()  # relu after pooling: the same result from a quarter of the values
         return self.layer4(self.layer3(self.layer2(self.layer1(x))))
 
 
@@ -337,7 +343,7 @@ class Block(nn.Module):
 
 
 class FrozenBatchNorm(nn.Module):
-    """The constants of a batch norm that no longer learns: the identity until weights are loaded."""
+    """The constants of a batch norm that is not trained: the identity until weights are loaded."""
 
     weight: Tensor
     bias: Tensor
@@ -353,7 +359,7 @@ class FrozenBatchNorm(nn.Module):
 
 
 def normed_conv(x: Tensor, conv: nn.Conv2d, norm: FrozenBatchNorm) -> Tensor:
-    """A convolution with its frozen norm folded into weight and bias: two passes over the feature map less."""
+    """A convolution with its frozen norm folded into weight and bias: saves two passes over the feature map."""
     weight, bias = _folded(conv, norm) if conv.bias is None else (conv.weight, conv.bias)
     return F.conv2d(x, weight, bias, conv.stride, conv.padding)
 
@@ -364,11 +370,12 @@ def _folded(conv: nn.Conv2d, norm: FrozenBatchNorm) -> tuple[Tensor, Tensor]:
 
 
 def fold_norms(backbone: ResNet18) -> None:
-    """Fold the norms into the weights for good: for a network that is neither trained nor saved any more."""
+    """Fold the norms into the weights, for a network that is no longer trained or saved."""
     pairs: list[Any] = [(backbone.conv1, backbone.bn1)]
     for block in (module for module in backbone.modules() if isinstance(module, Block)):
         pairs += [(block.conv1, block.bn1), (block.conv2, block.bn2)]
         if block.downsample is not None:
             pairs.append(block.downsample)
     for conv, norm in pairs:
-        conv.weight, conv.bias = (nn.Parameter(one.detach()) for one in _folded(conv, norm))
+        weight, bias = _folded(conv, norm)
+        conv.weight, conv.bias = nn.Parameter(weight.detach()), nn.Parameter(bias.detach())

@@ -17,66 +17,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import unquote, urlsplit
 
 import yaml
 
+from blob_url import BlobUrl, is_url
 from faults import Fault
 
 ROOT = Path(__file__).resolve().parent.parent
 RETIRED = ("training.matmul_precision",)  # in the config.yaml of older runs; ignored
-URL_FORM = "expected https://ACCOUNT.blob.core.windows.net/CONTAINER/PREFIX"
-LOOPBACK = ("127.0.0.1", "localhost", "::1")  # an emulator; its path begins with the account's name
-
-
-def is_url(text: str) -> bool:
-    """Whether a text is a URL, not a path."""
-    return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", text) is not None
-
-
-class BlobUrl(str):
-    """A checked URL of recordings in Azure Blob. Raises Fault with everything wrong with it, and repeats no secret."""
-
-    account: str
-    endpoint: str  # scheme, host and port; for an emulator also the account
-    container: str
-    prefix: str  # a folder of blobs, or one blob; "" for the whole container
-
-    def __new__(cls, text: str) -> BlobUrl:
-        try:
-            parts = urlsplit(text.strip())
-            host, port = parts.hostname or "", parts.port
-        except ValueError:  # a port that is no number, half an IPv6 address
-            raise Fault(f"is not a valid URL; {URL_FORM}") from None
-        segments = [unquote(segment) for segment in parts.path.strip("/").split("/")]
-        account = segments.pop(0) if host in LOOPBACK else host.partition(".")[0]
-        container, *prefix = segments or [""]
-        faults = []
-        if parts.query:
-            faults.append("has a query, perhaps a SAS token; remove it and set AZURE_STORAGE_SAS_TOKEN instead")
-        if "@" in parts.netloc:
-            faults.append("has a name or password before the @; remove it and set AZURE_STORAGE_KEY instead")
-        if parts.fragment:
-            faults.append("has a #; in the name of a blob write %23")
-        if parts.scheme not in ("https", "http") or not host:
-            faults.append(f"{parts.scheme}://{host} is not Azure Blob; {URL_FORM}")
-        else:
-            if parts.scheme == "http" and host not in LOOPBACK:
-                faults.append(f"http://{host} would send recordings and credentials unencrypted; {URL_FORM}")
-            if ".dfs." in host:
-                faults.append(f"{host} is the account's Data Lake address; use {host.replace('.dfs.', '.blob.')}")
-            if not re.fullmatch(r"\$?[a-z0-9][a-z0-9-]{2,62}", container):
-                found = f"{container!r} is not a container's name" if container else "names no container"
-                faults.append(f"{found}; {URL_FORM}")
-            if any(segment in ("", ".", "..") or re.search(r"[/\\\0]", segment) for segment in prefix):
-                faults.append(f"the prefix {'/'.join(prefix)!r} is not a folder's name; {URL_FORM}")
-        if faults:
-            raise Fault(*faults)
-        self = super().__new__(cls, text.strip())
-        netloc = (f"[{host}]" if ":" in host else host) + (f":{port}" if port else "")
-        self.endpoint = f"{parts.scheme}://{netloc}" + (f"/{account}" if host in LOOPBACK else "")
-        self.account, self.container, self.prefix = account, container, "/".join(prefix)
-        return self
 
 
 def setting(
@@ -89,13 +37,8 @@ def setting(
     return dataclasses.field(default=default, metadata=metadata)
 
 
-UR10E_JOINTS = (
-    "shoulder_pan_joint",
-    "shoulder_lift_joint",
-    "elbow_joint",
-    "wrist_1_joint",
-    "wrist_2_joint",
-    "wrist_3_joint",
+UR10E_JOINTS = tuple(
+    f"{axis}_joint" for axis in ("shoulder_pan", "shoulder_lift", "elbow", "wrist_1", "wrist_2", "wrist_3")
 )
 
 
@@ -105,14 +48,8 @@ class Signal:
 
     topic: str
     joints: tuple[str, ...] = setting((), "joints to take by name, in this order (JointState, JointTrajectory)")
-    index: tuple[int, ...] = setting(
-        (), "elements to take by position: of arrays, and of joints without names", least=0
-    )
-    field: str = setting(
-        "",
-        "dotted path to the numbers; by default the obvious one: `position` of a JointState, "
-        "`points.0.positions` of a JointTrajectory, `data` of a std_msgs type",
-    )
+    index: tuple[int, ...] = setting((), "elements to take by position: of arrays, or joints without names", least=0)
+    field: str = setting("", "dotted path to the numbers; default: `position`, `points.0.positions`, `data`")
 
 
 @dataclass(frozen=True)
@@ -120,11 +57,9 @@ class Action:
     """What the policy learns to output."""
 
     from_: Literal["next_state"] | tuple[Signal, ...] = setting(
-        "next_state", "`next_state` (the state one tick later) or a list like `state`: the commands sent to the robot"
+        "next_state", "`next_state` (the state one tick later), or a list like `state`: the commands sent to the robot"
     )
-    as_: Literal["absolute", "delta"] = setting(
-        "absolute", "`absolute` targets, or `delta`: target minus the state at that tick"
-    )
+    as_: Literal["absolute", "delta"] = setting("absolute", "`absolute` targets, or `delta`: target minus state")
 
 
 @dataclass(frozen=True)
@@ -133,33 +68,24 @@ class Data:
 
     bag_dir: Path | BlobUrl = setting(
         ROOT / "rosbag-to-lerobot/local_bags",
-        "folder of recordings: .mcap, .db3, .bag, rosbag2 folders; or https://ACCOUNT.blob.core.windows.net/CONTAINER/PREFIX",
+        "recordings: .mcap, .db3, .bag, rosbag2 folders; or https://ACCOUNT.blob.core.windows.net/CONTAINER/PREFIX",
     )
-    cache_dir: Path = setting(
-        ROOT / "outputs/cache", "decoded recordings, shared by all runs; you can delete it at any time"
-    )
+    cache_dir: Path = setting(ROOT / "outputs/cache", "decoded recordings, shared by all runs; can be deleted")
     fps: float = setting(30.0, "ticks per second: the rate at which the robot will run the policy", above=0)
-    image_size: tuple[int, int] = setting(
-        (240, 320), "height, width in pixels of the network's input", least=32, below=4097
-    )
+    image_size: tuple[int, int] = setting((240, 320), "height, width of the network's input", least=32, below=4097)
     cameras: dict[str, str] = setting(
         {"color": "/camera/color/image_raw"},
         "name: topic of each camera (Image or CompressedImage); `{}` trains on the state alone",
     )
-    state: tuple[Signal, ...] = setting(
-        (Signal("/joint_states", UR10E_JOINTS),), "the robot's own readings that the policy sees"
-    )
+    state: tuple[Signal, ...] = setting((Signal("/joint_states", UR10E_JOINTS),), "the robot's readings to train on")
     action: Action = setting(Action(), "what the policy outputs")
-    validation_fraction: float = setting(0.1, "share of the recordings held out for validation", least=0, below=1)
+    validation_fraction: float = setting(0.1, "share of the recordings to hold out for validation", least=0, below=1)
     max_age_ms: dict[str, float] = setting(
         {},
-        "topic: maximum age of its newest message; where it is older the episode is split. "
-        "Default: 2.5 periods (bridges one lost message), at least one tick",
+        "topic: age of its newest message at which an episode is split; default 2.5 periods, at least a tick",
         above=0,
     )
-    on_bad_bag: Literal["fail", "skip"] = setting(
-        "fail", "at a recording with a fault: `fail`, or `skip` and list it (exit code 3)"
-    )
+    on_bad_bag: Literal["fail", "skip"] = setting("fail", "at a faulty recording: `fail`, or `skip` it (exit code 3)")
 
     @property
     def commands(self) -> tuple[Signal, ...]:
@@ -183,16 +109,14 @@ class Model:
     n_vae_encoder_layers: int = setting(4, "layers of its encoder", least=1)
     dropout: float = setting(0.1, "share of activations dropped in training", least=0, below=1)
     kl_weight: float = setting(10.0, "weight of the KL term beside the L1 term", least=0)
-    pretrained_backbone: bool = setting(True, "start the ResNet-18 from ImageNet weights (45 MB, downloaded once)")
+    pretrained_backbone: bool = setting(True, "start ResNet-18 from ImageNet weights (45 MB, downloaded once)")
 
 
 @dataclass(frozen=True)
 class Training:
     """The optimization."""
 
-    init_from: Path | None = setting(
-        None, "start a new run from the weights of this checkpoint or pretrained_model folder, ours or LeRobot's"
-    )
+    init_from: Path | None = setting(None, "checkpoint or pretrained_model folder, ours or LeRobot's, to start from")
     steps: int = setting(100_000, "optimizer steps", least=1)
     batch_size: int = setting(8, "samples per step and GPU", least=1)
     lr: float = setting(1e-5, "AdamW rate of the transformers; the paper's value", above=0)
@@ -200,27 +124,16 @@ class Training:
     weight_decay: float = setting(1e-4, "AdamW's, on all parameters", least=0)
     grad_clip_norm: float = setting(10.0, "largest gradient norm; 0 turns clipping off", least=0)
     warmup_steps: int = setting(0, "steps in which the rates rise from zero", least=0)
-    schedule: Literal["constant", "cosine"] = setting(
-        "constant", "`constant` as in ACT, or `cosine` down to zero at the last step"
-    )
-    augment: tuple[Literal["color", "crop", "affine"], ...] = setting(
-        (), "image augmentation: any of `color`, `crop`, `affine`; needs torchvision"
-    )
-    precision: Literal["auto", "fp32", "bf16"] = setting(
-        "auto", "autocast; `auto` is bf16 on a GPU that supports it, else fp32"
-    )
-    seed: int = setting(
-        0, "seed of weights, sample order, dropout and the choice of held-out recordings", least=0, below=2**63
-    )
+    schedule: Literal["constant", "cosine"] = setting("constant", "`constant` as in ACT, or `cosine` down to zero")
+    augment: tuple[Literal["color", "crop", "affine"], ...] = setting((), "any of `color`, `crop`, `affine`")
+    precision: Literal["auto", "fp32", "bf16"] = setting("auto", "`auto` is bf16 on a GPU that supports it, else fp32")
+    seed: int = setting(0, "seed of weights, sample order, dropout and held-out choice", least=0, below=2**63)
     device: str = setting("auto", "`auto` (cuda if available), `cpu`, `cuda` or `cuda:N`")
     log_every: int = setting(100, "steps between two lines of metrics.jsonl", least=1)
     evaluate_every: int = setting(2000, "steps between two validations", least=1)
     save_every: int = setting(5000, "steps between two checkpoints", least=1)
     keep_checkpoints: int = setting(3, "newest checkpoints to keep, besides the best one", least=1)
-    resume: Literal["auto", "never", "must"] = setting(
-        "auto",
-        "`auto` resumes from the newest checkpoint in output_dir, `never` starts a new run, `must` fails without one",
-    )
+    resume: Literal["auto", "never", "must"] = setting("auto", "`auto`, `never`, or `must` resume from a checkpoint")
 
 
 @dataclass(frozen=True)
@@ -388,8 +301,8 @@ def _value(hint: Any, value: Any, key: str, bounds: Mapping[str, Any], faults: l
     if BlobUrl in inner and isinstance(value, str) and is_url(value):
         try:
             return BlobUrl(value)
-        except Fault as fault:
-            faults += fault.at(key).args
+        except ValueError as error:
+            faults += [f"{key}: {line}" for line in error.args]
             return value
     if origin in (typing.Union, types.UnionType):  # a word or a list; a path, where it is no URL
         return _value(inner[1 if isinstance(value, list) else 0], value, key, bounds, faults)

@@ -3,14 +3,15 @@
     python train/demo_bags.py outputs/demo/bags
     python train/demo_bags.py outputs/demo/bags --episodes 400 --seed 1
 
-Only the camera shows where the disc lies; the joints tell nothing of it before the arm moves. The joints follow the
-commands, which are recorded too, as a first-order lag does. An episode depends on the seed and its own number alone, so
-that a larger set begins with the smaller one. Lengths are metres, angles radians; the
-world is the robot's base frame: z up, the table at z = 0, the arm stretching towards -x when its shoulder pan is 0.
+Only the camera shows where the disc is. The joints follow the recorded commands with a first-order lag. An episode depends
+only on the seed and its number, so a larger set begins with the smaller one. Lengths are metres, angles radians; the world
+is the robot's base frame: z up, the table at z = 0.
 """
 
 import argparse
+import contextlib
 import shutil
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +48,7 @@ FIRST_EPISODE_NS = 1_767_225_600 * 10**9  # 2026-01-01 00:00 UTC
 
 
 def stamps(start: int, end: int, hertz: float, jitter_ns: int, rng: np.random.Generator) -> list[int]:
-    """Header stamps from start to end (ns) at a rate with a phase of its own and some jitter."""
+    """Header stamps from start to end (ns) at a rate, with a random phase and jitter."""
     regular = np.arange(rng.uniform(0, 1e9 / hertz), end - start, 1e9 / hertz).astype(np.int64)
     return (start + regular + rng.integers(0, jitter_ns, len(regular))).tolist()
 
@@ -58,11 +59,11 @@ def header(stamp: int, frame: str) -> ros.std_msgs__msg__Header:
 
 
 def episode_messages(seed: int, index: int) -> list[tuple[int, str, Message]]:
-    """All (receive stamp in ns, topic, message) of one episode, in the order in which a recorder gets them."""
+    """All (receive stamp in ns, topic, message) of one episode, in receive order."""
     rng = np.random.default_rng((seed, index))
     start, target = sample_start(rng), sample_target(rng)
     goal = inverse_kinematics(goal_point(target))
-    began = FIRST_EPISODE_NS + (index * 180 + int(rng.integers(60))) * 10**9  # a person lays the disc anew meanwhile
+    began = FIRST_EPISODE_NS + (index * 180 + int(rng.integers(60))) * 10**9  # meanwhile a person moves the disc
     ended = began + int((MOVE_S + rng.uniform(*HOLD_S)) * 1e9)
     messages: list[tuple[int, str, Message]] = []
 
@@ -79,7 +80,7 @@ def episode_messages(seed: int, index: int) -> list[tuple[int, str, Message]]:
         image = CompressedImage(header(stamp, "camera_color_optical_frame"), "rgb8; jpeg compressed bgr8", jpeg)
         messages.append((stamp + int(rng.integers(3_000_000, 8_000_000)), CAMERA_TOPIC, image))
 
-    rng = np.random.default_rng((seed, index, 1))  # its own: the other topics stay as they were before commands came
+    rng = np.random.default_rng((seed, index, 1))  # its own, so that the other topics do not depend on commands
     for stamp in stamps(began, ended, JOINT_HZ, 100_000, rng):
         q, velocity = expert_trajectory(start, goal, (stamp - began) / 1e9)
         command = JointState(header(stamp, "base"), list(JOINTS), q + LAG_S * velocity, np.zeros(0), np.zeros(0))
@@ -88,50 +89,53 @@ def episode_messages(seed: int, index: int) -> list[tuple[int, str, Message]]:
 
 
 def write_bag(folder: Path, seed: int, messages: list[tuple[int, str, Message]]) -> None:
-    """Write messages as a rosbag2 folder, whole or not at all; the bag keeps the seed in its metadata."""
-    partial = folder.parent / ".partial" / folder.name  # the file inside is named after its folder: keep the name
-    shutil.rmtree(partial.parent, ignore_errors=True)
+    """Write messages as a rosbag2 folder, complete or not at all; its metadata holds the seed."""
+    partial = folder.parent / ".partial" / folder.name  # the file inside gets its folder's name
+    shutil.rmtree(partial, ignore_errors=True)
     with Writer(partial, version=9, storage_plugin=StoragePlugin.MCAP) as bag:
         bag.set_custom_data("demo_seed", str(seed))
         connections = {
             topic: bag.add_connection(topic, kind.__msgtype__, typestore=TYPES)
-            for topic, kind in (
-                (JOINT_TOPIC, JointState),
-                (CAMERA_TOPIC, CompressedImage),
-                (COMMAND_TOPIC, JointState),
-            )
+            for topic, kind in ((JOINT_TOPIC, JointState), (CAMERA_TOPIC, CompressedImage), (COMMAND_TOPIC, JointState))
         }
         for received, topic, message in messages:
             bag.write(connections[topic], received, TYPES.serialize_cdr(message, message.__msgtype__))
     partial.rename(folder)
-    partial.parent.rmdir()
+
+
+def record_episode(folder: Path, seed: int, index: int) -> None:
+    """Record one episode into a folder."""
+    write_bag(folder, seed, episode_messages(seed, index))
 
 
 def record(root: Path, episodes: int, seed: int) -> int:
-    """Record the episodes that root still lacks and return how many; a Fault if it holds anything but such bags."""
+    """Record the missing episodes and return how many; raises Fault if root has anything but such bags."""
     if episodes < 1 or seed < 0:
         raise Fault(f"--episodes {episodes} --seed {seed}; expected at least 1 and 0; change them")
     if root.exists() and not root.is_dir():
-        raise Fault(f"{root}: a file; expected a folder or nothing; choose another folder")
+        raise Fault(f"{root}: is a file; expected a folder; choose another")
     folders = [root / f"episode_{index:03d}" for index in range(episodes)]
     for entry in sorted(root.glob("*")):
         metadata = entry / "metadata.yaml"
         ours = metadata.is_file() and f"demo_seed: '{seed}'" in metadata.read_text()
-        if entry.name != ".partial" and not (entry in folders and ours):  # .partial: what a killed recording left
+        if entry.name != ".partial" and not (entry in folders and ours):  # .partial: of a killed recording
             raise Fault(
-                f"{root}: holds {entry.name}; expected only {episodes} demo bags of seed {seed}; "
-                "empty the folder or choose another"
+                f"{root}: has {entry.name}; expected only {episodes} demo bags of seed {seed}; use an empty folder"
             )
     missing = [index for index, folder in enumerate(folders) if not folder.exists()]
-    for index in tqdm(missing, desc="recording", unit="episode", disable=not missing):
-        write_bag(folders[index], seed, episode_messages(seed, index))
+    with ProcessPoolExecutor() as pool:
+        jobs = [pool.submit(record_episode, folders[index], seed, index) for index in missing]
+        for job in tqdm(jobs, desc="recording", unit="episode", disable=not missing):
+            job.result()
+    with contextlib.suppress(FileNotFoundError):
+        (root / ".partial").rmdir()
     return len(missing)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Record the bags that the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="where the bags go, each in a folder of its own")
+    parser.add_argument("folder", type=Path, help="for the bags, each in its own folder")
     parser.add_argument("--episodes", type=int, default=200, help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     options = parser.parse_args(arguments)

@@ -3,7 +3,7 @@
     python train/evaluate.py outputs/train-rosbag-act/checkpoint_010000              # by those held out from its training
     python train/evaluate.py outputs/train-rosbag-act/checkpoint_010000 --bags DIR   # by all recordings in DIR
     python train/evaluate.py outputs/train-rosbag-act --all                          # every checkpoint of a run, and the best
-    python train/evaluate.py outputs/demo/run/checkpoint_000700 --simulate 200       # the demo arm in closed loop, too
+    python train/evaluate.py outputs/demo/run/checkpoint_000500 --simulate 200       # the demo arm in closed loop, too
 
 Prints errors in the robot's units, of the policy, of simple baselines, and of the policy without its cameras: one that uses
 them is then worse. Writes evaluation.json and report.html to the run's evaluation/ folder.

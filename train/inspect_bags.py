@@ -24,7 +24,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from config import BlobUrl, Config, Data, is_url, load
+from blob_url import BlobUrl, is_url
+from config import Config, Data, load
 from faults import Fault, exit_with_message
 from files import write_whole
 from inspection.propose import propose
@@ -171,7 +172,7 @@ def _find(arguments: argparse.Namespace) -> tuple[Config | None, list[str], list
             folder = local_folder(BlobUrl(place) if is_url(place) else Path(place), data.cache_dir)
             found, broken = find_bags(folder)
             bags, faults = bags + found, faults + broken
-        except Fault as fault:
+        except (Fault, ValueError) as fault:  # ValueError: a wrong URL
             faults += [line.removeprefix("data.bag_dir: ") if paths else line for line in fault.args]
     return config, places, bags, faults
 

@@ -1,6 +1,6 @@
 """The demo arm in closed loop: how often does a policy bring the gripper over a disc that no recording shows?
 
-    python train/evaluate.py outputs/demo/run/checkpoint_000700 --simulate 200
+    python train/evaluate.py outputs/demo/run/checkpoint_000500 --simulate 200
 
 Each trial starts near HOME and lasts 4 s. As on a robot, the policy gets joint angles and a camera picture, and
 n_action_steps of its chunk are executed before it observes again. A policy of next states moves the arm to its target in

@@ -10,7 +10,8 @@ from typing import NamedTuple
 import yaml
 from tqdm import tqdm
 
-from config import UR10E_JOINTS, is_url
+from blob_url import is_url
+from config import UR10E_JOINTS
 from faults import Fault
 from inspection.topics import Topic
 from inspection.verdict import inspect

@@ -41,7 +41,8 @@ def page(inspections: Sequence[Inspection], config: Config | None, faults: Seque
     text = f"Not drawn below: {left}; `inspect_bags.py PATH --html FILE` draws one of them." if left else ""
     title = inspections[0].name if len(inspections) == 1 else f"{len(inspections)} recordings"
     headings = {"seconds": "length, s", "size": "size, MB", "text": "verdict"}
-    parts = [cards(figures), _listed([("bad", fault) for fault in faults])]
+    all_faults = [*faults, *(f"{one.name}: {fault}" for one in worst_first for fault in one.faults)]
+    parts = [cards(figures), _listed([("bad", fault) for fault in all_faults])]
     parts.append(section("Recordings", text, [], table(headings, rows)))
     return document(f"Inspection of {title}", [*parts, *(_detail(one, config) for one in drawn)])
 

@@ -30,11 +30,11 @@ SECOND = 10**9
 
 
 class Spread(NamedTuple):
-    """The distribution of time differences."""
+    """The distribution of time differences, in ms."""
 
-    median: float  # ms, signed
-    percentile_95: float  # ms, of the magnitudes
-    greatest: float  # ms, of the magnitudes
+    median: float  # signed
+    percentile_95: float  # of the magnitudes
+    greatest: float  # of the magnitudes
 
     @staticmethod
     def of(nanoseconds: np.ndarray) -> Spread:
@@ -43,27 +43,27 @@ class Spread(NamedTuple):
 
 
 class Gap(NamedTuple):
-    """A time without messages."""
+    """A time without messages; at_s is since the bag's first message."""
 
-    at_s: float  # since the bag's first message
+    at_s: float
     seconds: float
 
 
 class Joint(NamedTuple):
-    """A joint's position over a bag, in the recording's units."""
+    """A joint's position over a bag, in the recording's units; `fastest` is per second, between two messages."""
 
     name: str
     least: float
     greatest: float
-    fastest: float  # units per second between two messages
+    fastest: float
     fastest_at_s: float
 
 
 class Picture(NamedTuple):
-    """A camera's picture."""
+    """A camera's picture (H, W, 3) uint8 RGB, at most SHOWN_HEIGHT high."""
 
     at_s: float
-    pixels: np.ndarray  # (H, W, 3) uint8 RGB, at most SHOWN_HEIGHT high
+    pixels: np.ndarray
 
 
 class Pictures(NamedTuple):
@@ -72,8 +72,8 @@ class Pictures(NamedTuple):
     kinds: dict[str, int]  # "640x480 rgb8" or "640x480 jpeg": count
     frozen: tuple[int, ...]  # numbers of the messages whose picture equals the one before, byte for byte
     looked_at: int  # decoded, to find black ones
-    black: int  # of those
-    shown: tuple[Picture, ...]  # the first, the middle and the last
+    black: int
+    shown: tuple[Picture, ...]  # the first, one near the middle, the last
 
 
 class Topic(NamedTuple):
@@ -106,7 +106,7 @@ class Measure:
         self.receive, self.header = array("q"), array("q")
         self.stamp_form: dict[str, str] = {}  # type: how its header's stamp is packed; "" without a header
         self.joints: dict[tuple[str, ...], tuple[array[float], array[int]]] = {}  # names: positions, stamps
-        self.pictures = _Pictures(pictures, is_camera)
+        self.pictures = _Pictures(pictures, is_camera, declared)
 
     def add(self, message: Message) -> None:
         """Count a message and measure it. Raises Fault if a message of joints or pictures does not decode."""
@@ -115,19 +115,22 @@ class Measure:
         if self.not_understood:
             return
         raw = plain(message.raw)
-        is_joints = message.msgtype == JOINT_STATE
-        if is_joints or message.msgtype in IMAGES:
-            content = message.content()
-            self.header[-1] = stamp = content.header.stamp.sec * SECOND + content.header.stamp.nanosec
-            if is_joints:
-                self._add_joints(content, stamp or message.receive_ns)
-            else:
-                self.pictures.add(content, raw, message, self.declared)
+        if message.msgtype != JOINT_STATE and message.msgtype not in IMAGES:
+            try:
+                self.header[-1] = self._header_stamp(message, raw)
+            except Fault as fault:
+                self.not_understood = str(fault)  # perhaps another release's; nobody may need it
             return
-        try:
-            self.header[-1] = self._header_stamp(message, raw)
-        except Fault as fault:
-            self.not_understood = str(fault)  # perhaps another release's; nobody may need it
+        content = message.content()
+        self.header[-1] = content.header.stamp.sec * SECOND + content.header.stamp.nanosec
+        if message.msgtype in IMAGES:
+            self.pictures.add(content, raw, message)
+            return
+        names = tuple(content.name) or tuple(f"position[{i}]" for i in range(len(content.position)))
+        if len(names) == len(content.position):  # not so in a command of velocities
+            rows, stamps = self.joints.setdefault(names, (array("d"), array("q")))
+            rows.frombytes(content.position.astype(np.float64).tobytes())
+            stamps.append(self.header[-1] or message.receive_ns)
 
     def _header_stamp(self, message: Message, raw: bytes) -> int:
         """The header's stamp in ns, or 0; only the first message of a type is decoded."""
@@ -139,42 +142,30 @@ class Measure:
                 form = "<iI" if struct.unpack_from("<iI", raw, 4) == stamp else ">iI"
             self.stamp_form[message.msgtype] = form
         form = self.stamp_form[message.msgtype]
-        if not form or len(raw) < STAMP_END:
-            return 0
-        seconds, nanoseconds = struct.unpack_from(form, raw, 4)
+        seconds, nanoseconds = struct.unpack_from(form, raw, 4) if form and len(raw) >= STAMP_END else (0, 0)
         return int(seconds * SECOND + nanoseconds)
-
-    def _add_joints(self, content: Any, stamp: int) -> None:
-        names = tuple(content.name) or tuple(f"position[{i}]" for i in range(len(content.position)))
-        if len(names) == len(content.position):  # not so in a command of velocities
-            rows, stamps = self.joints.setdefault(names, (array("d"), array("q")))
-            rows.frombytes(content.position.astype(np.float64).tobytes())
-            stamps.append(stamp)
 
     def topic(self, start_ns: int) -> Topic:
         """The measured topic; seconds count from start_ns."""
         receive, header = np.array(self.receive, np.int64), np.array(self.header, np.int64)
         stamps, clock = choose_clock(receive, header) if len(receive) else (receive, "receive (no messages)")
-        pauses = np.diff(stamps)
+        pauses, stamped = np.diff(stamps), header != 0
         usual = float(np.median(pauses)) if len(pauses) else 0.0
-
-        def gap(i: int) -> Gap:
-            return Gap((int(stamps[i]) - start_ns) / SECOND, float(pauses[i]) / SECOND)
-
-        long = np.flatnonzero(pauses > GAP_PERIODS * usual) if usual else ()
-        stamped = header != 0
+        gaps = [
+            Gap((int(at) - start_ns) / SECOND, float(pause) / SECOND) for at, pause in zip(stamps, pauses, strict=False)
+        ]
         return Topic(
-            name=self.name,
-            types=tuple(sorted(self.types)),
-            read=len(receive),
-            declared=self.declared,
-            stamps=stamps,
-            clock=clock,
-            not_understood=self.not_understood,
+            self.name,
+            tuple(sorted(self.types)),
+            len(receive),
+            self.declared,
+            stamps,
+            clock,
+            self.not_understood,
             rate_hz=SECOND / usual if usual else None,
             slowest_second_hz=_slowest_second(stamps),
-            largest_gap=gap(int(pauses.argmax())) if len(pauses) else None,
-            gaps=tuple(gap(int(i)) for i in long),
+            largest_gap=max(gaps, key=lambda gap: gap.seconds, default=None),
+            gaps=tuple(gap for gap in gaps if usual and gap.seconds * SECOND > GAP_PERIODS * usual),
             header_minus_receive_ms=Spread.of(header[stamped] - receive[stamped]) if stamped.any() else None,
             in_order=bool(np.all(np.diff(header[stamped]) >= 0)) if stamped.any() else None,
             joints=tuple(self._joints(start_ns)),
@@ -188,37 +179,37 @@ class Measure:
             (names, np.array(r).reshape(-1, len(names)), np.array(s)) for names, (r, s) in self.joints.items() if names
         ]
         for joint in dict.fromkeys(name for names, _, _ in tables for name in names):
-            found = [(rows[:, names.index(joint)], stamps) for names, rows, stamps in tables if joint in names]
-            position, at = np.concatenate([p for p, _ in found]), np.concatenate([s for _, s in found])
-            position, at = position[np.isfinite(position)], at[np.isfinite(position)]
+            columns = [(rows[:, names.index(joint)], stamps) for names, rows, stamps in tables if joint in names]
+            position, at = (np.concatenate(parts) for parts in zip(*columns, strict=True))
+            order = np.argsort(at, kind="stable")
+            position, at = position[order][np.isfinite(position[order])], at[order][np.isfinite(position[order])]
             if not len(position):
                 continue
-            order = np.argsort(at, kind="stable")
-            position, at, elapsed = position[order], at[order], np.diff(at[order])
+            elapsed = np.diff(at)
             with np.errstate(over="ignore"):  # damaged numbers
                 # a busy machine delivers in bursts what was measured a period apart
                 period = np.maximum(elapsed, max(1.0, float(np.median(elapsed)))) if len(elapsed) else elapsed
                 speed = np.append(0.0, np.abs(np.diff(position)) / period * SECOND)
-            most = int(speed.argmax())
-            seconds = (int(at[most]) - start_ns) / SECOND
-            joints.append(Joint(joint, float(position.min()), float(position.max()), float(speed[most]), seconds))
+            most, seconds = int(speed.argmax()), (at - start_ns) / SECOND
+            span = float(position.min()), float(position.max())
+            joints.append(Joint(joint, *span, float(speed[most]), float(seconds[most])))
         return joints
 
 
 class _Pictures:
     """Sizes, frozen and black pictures of one topic."""
 
-    def __init__(self, decoded: bool, is_camera: bool) -> None:
-        self.decoded, self.is_camera = decoded, is_camera
+    def __init__(self, decoded: bool, is_camera: bool, declared: int | None) -> None:
+        self.decoded, self.is_camera, self.declared = decoded, is_camera, declared
         self.kinds: Counter[str] = Counter()
         self.frozen = array("q")
         self.last = b""
         self.bytes = self.looked_at = self.black = 0
-        self.spaced: list[Picture] = []  # the first, and some of which one is near the middle
+        self.kept: list[Picture] = []  # the first, and at least one near the middle; at_s in ns
         self.end: tuple[int, Any] | None = None  # the last picture, not decoded
 
-    def add(self, content: Any, raw: bytes, message: Message, declared: int | None) -> None:
-        number = message.number
+    def add(self, content: Any, raw: bytes, message: Message) -> None:
+        number, total = message.number, self.declared
         self.bytes += len(raw)
         kind, is_color = _kind(content)
         self.kinds[kind] += 1
@@ -231,23 +222,25 @@ class _Pictures:
         if not is_color or not self.decoded:
             return
         doubling = 1 << max(0, number.bit_length() - 5)  # without a metadata.yaml the total is unknown
-        every = max(1, declared // LOOKED_AT) if declared else doubling
         is_small = len(raw) < 0.4 * self.bytes / (number + 1)  # as a black picture is, compressed
-        if number % every == 0 or is_small or hasattr(content, "encoding"):
+        if (
+            number % (max(1, total // LOOKED_AT) if total else doubling) == 0
+            or is_small
+            or hasattr(content, "encoding")
+        ):
             self.looked_at += 1
             self.black += bool(_brightness(content) < BLACK)
-        if number in (0, declared // 2) if declared else number % (4 * doubling) == 0:
-            self.spaced.append(Picture(message.receive_ns, _small(to_rgb(content))))
+        if number in (0, total // 2) if total else number % (4 * doubling) == 0:
+            self.kept.append(Picture(message.receive_ns, _small(to_rgb(content))))
         self.end = message.receive_ns, content
 
     def measured(self, start_ns: int) -> Pictures:
-        pictures = [*self.spaced]
+        pictures = [*self.kept]
         if self.end and self.end[0] > (pictures[-1].at_s if pictures else -1):
             pictures.append(Picture(self.end[0], _small(to_rgb(self.end[1]))))
         if len(pictures) > 2:
             middle = (pictures[0].at_s + pictures[-1].at_s) / 2
-            nearest = min(pictures[1:-1], key=lambda picture: abs(picture.at_s - middle))
-            pictures = [pictures[0], nearest, pictures[-1]]
+            pictures[1:-1] = [min(pictures[1:-1], key=lambda picture: abs(picture.at_s - middle))]
         shown = tuple(Picture((picture.at_s - start_ns) / SECOND, picture.pixels) for picture in pictures)
         return Pictures(dict(self.kinds), tuple(self.frozen), self.looked_at, self.black, shown)
 
@@ -259,24 +252,21 @@ def _kind(content: Any) -> tuple[str, bool]:
     if any(depth in content.format for depth in DEPTH):
         return content.format, False
     try:
-        if is_truncated(content.data):
-            raise OSError("truncated")
         with Image.open(io.BytesIO(content.data)) as picture:
-            return f"{picture.width}x{picture.height} {(picture.format or '').lower()}", True
+            kind = f"{picture.width}x{picture.height} {(picture.format or '').lower()}"
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         raise no_picture(content.data, content.format) from None
+    if is_truncated(content.data):
+        raise no_picture(content.data, content.format)
+    return kind, True
 
 
 def _brightness(content: Any) -> float:
     """The mean of a picture, 0 to 255; a compressed one is decoded at an eighth of its size, which is faster."""
-    if not hasattr(content, "encoding"):
-        try:
-            grey = cv2.imdecode(np.asarray(content.data), cv2.IMREAD_REDUCED_GRAYSCALE_8)
-        except cv2.error:
-            grey = None
-        if grey is not None:
-            return float(grey.mean())
-    return float(to_rgb(content).mean())  # raises the fault of what does not decode
+    grey = None
+    if not hasattr(content, "encoding") and len(content.data):
+        grey = cv2.imdecode(np.asarray(content.data), cv2.IMREAD_REDUCED_GRAYSCALE_8)
+    return float((to_rgb(content) if grey is None else grey).mean())  # to_rgb raises the fault
 
 
 def _small(pixels: np.ndarray) -> np.ndarray:

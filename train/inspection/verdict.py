@@ -9,12 +9,11 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from config import Config, Data
+from config import Config
 from faults import Fault
 from inspection.topics import SECOND, Measure, Pictures, Spread, Topic
 from recordings import plausibility
@@ -83,32 +82,55 @@ def inspect(bag: Bag, config: Config | None = None, pictures: bool = False) -> I
     """Everything about a bag; about its episodes only with a configuration.
 
     `pictures` decodes some of each camera: black ones are counted; the first, a middle and the last are kept. Faults are
-    listed, none is raised.
+    listed, none is raised; those of topics that nobody wants are warnings.
     """
-    wanted = _wanted_topics(config.data) if config else None
-    cameras = set(config.data.cameras.values()) if config else set()
+    cameras: set[str] = set()
+    wanted: set[str] | None = None
+    if config:
+        cameras = set(config.data.cameras.values())
+        wanted = {*cameras, *(signal.topic for signal in (*config.data.state, *config.data.commands))}
     faults: list[str] = []
     warnings: list[str] = []
-
-    def report(topic: str, lines: Iterable[str]) -> None:
-        """Faults of a topic that nobody wants are warnings."""
-        (faults if wanted is None or topic in wanted else warnings).extend(lines)
-
-    measures = {topic: Measure(topic, n, pictures, topic in cameras) for topic, n in bag.declared.items()}
+    measures: dict[str, Measure] = {}
     sums: list[str] = []
     broken: set[str] = set()
     start_ns: int | None = None
+
+    def measure_of(topic: str) -> Measure:
+        declared = bag.declared.get(topic, 0) if bag.declared else None
+        return measures.setdefault(topic, Measure(topic, declared, pictures, topic in cameras))
+
+    def report(topic: str, lines: Iterable[str]) -> None:
+        (faults if wanted is None or topic in wanted else warnings).extend(lines)
+
+    for topic in bag.declared:
+        measure_of(topic)
     for file in bag.files:
+        decoders: dict[int, Callable[[bytes], Any]] = {}
         try:
             with opened(file) as storage:
-                for message in _messages(bag, file, storage, measures, pictures, cameras, start_ns):
-                    start_ns = message.receive_ns if start_ns is None else start_ns
+                for connection, receive_ns, raw in storage.messages():
+                    start_ns = receive_ns if start_ns is None else start_ns
+                    topic, measure = connection.topic, measure_of(connection.topic)
+                    if connection.id not in decoders:
+                        try:
+                            decoders[connection.id] = decoder(file, connection)
+                        except Fault as fault:
+                            measure.not_understood, decoders[connection.id] = str(fault), bytes
+                    place = (
+                        len(measure.receive),
+                        full_name(connection.msgtype),
+                        receive_ns,
+                        (receive_ns - start_ns) / SECOND,
+                    )
+                    message = Message(bag.name, topic, *place, raw, decoders[connection.id])
                     try:
-                        measures[message.topic].add(message)
+                        measure.add(message)
                     except Fault as fault:
-                        if message.topic not in broken:
-                            report(message.topic, fault.at(message.place).args)
-                        broken.add(message.topic)
+                        report(topic, fault.at(message.place).args if topic not in broken else ())
+                        broken.add(topic)
+                for connection in storage.connections.values():  # also those without a message
+                    measure_of(connection.topic).types.add(full_name(connection.msgtype))
                 sums.append(_checksums(storage))
         except Fault as fault:
             faults += fault.args
@@ -117,11 +139,11 @@ def inspect(bag: Bag, config: Config | None = None, pictures: bool = False) -> I
         try:
             topics[name] = measure.topic(start_ns or 0)
         except Fault as fault:  # the last picture does not decode
-            report(name, fault.at(f"{bag.name}: {name}: last message").args)
+            report(name, fault.at(f"{name}: last message").args)
             measure.pictures.end = None
             topics[name] = measure.topic(start_ns or 0)
-        if len(sums) == len(bag.files) and (fault_ := miscounted(bag, name, topics[name].read)):
-            report(name, [fault_])
+        if len(sums) == len(bag.files) and (miscount := miscounted(bag, name, topics[name].read)):
+            report(name, [miscount])
     if start_ns is None and not faults:
         faults.append("has no messages; re-record or remove it")
     end_ns = max((max(measure.receive) for measure in measures.values() if measure.receive), default=0)
@@ -134,40 +156,6 @@ def inspect(bag: Bag, config: Config | None = None, pictures: bool = False) -> I
     for lines in (warnings, faults):
         lines[:] = dict.fromkeys(line.removeprefix(f"{bag.name}: ") for line in lines)
     return inspection
-
-
-def _wanted_topics(data: Data) -> set[str]:
-    return {*data.cameras.values(), *(signal.topic for signal in (*data.state, *data.commands))}
-
-
-def _messages(
-    bag: Bag,
-    file: Path,
-    storage: Storage,
-    measures: dict[str, Measure],
-    pictures: bool,
-    cameras: set[str],
-    start_ns: int | None,
-) -> Iterator[Message]:
-    """All messages of a file; a topic's measure is created before its first message."""
-    decoders: dict[int, Callable[[bytes], Any]] = {}
-    for connection, receive_ns, raw in storage.messages():
-        start_ns = receive_ns if start_ns is None else start_ns
-        topic, msgtype = connection.topic, full_name(connection.msgtype)
-        if connection.id not in decoders:
-            measure = measures.setdefault(
-                topic, Measure(topic, 0 if bag.declared else None, pictures, topic in cameras)
-            )
-            measure.types.add(msgtype)
-            try:
-                decoders[connection.id] = decoder(file, connection)
-            except Fault as fault:  # counted only: nobody may want it
-                measure.not_understood, decoders[connection.id] = str(fault), bytes
-        number, seconds = len(measures[topic].receive), (receive_ns - start_ns) / SECOND
-        yield Message(bag.name, topic, number, msgtype, receive_ns, seconds, raw, decoders[connection.id])
-    for connection in storage.connections.values():  # also those without a message
-        empty = Measure(connection.topic, 0 if bag.declared else None, pictures, connection.topic in cameras)
-        measures.setdefault(connection.topic, empty).types.add(full_name(connection.msgtype))
 
 
 def _checksums(storage: Storage) -> str:
@@ -218,31 +206,22 @@ def _topic_warnings(inspection: Inspection, config: Config | None) -> Iterator[s
         gap, late = topic.largest_gap, topic.header_minus_receive_ms
         if config and name in used and gap and gap.seconds > SILENT_S:
             held = min(config.data.max_age_ms.get(name, 0) / 1e3, gap.seconds)
-            yield f"{name}: silent for {gap.seconds:.1f} s from t+{gap.at_s:.1f} s: " + (
-                f"data.max_age_ms holds its last message for {held:.1f} s of that"
-                if held > SILENT_S
-                else "the episode is split there; cut the recording if the operator was idle"
-            )
-        if late and name in used and topic.clock == "header":
-            if late.median < -LATE_MS:
-                yield (
-                    f"{name}: messages arrive {-late.median:.0f} ms after their header stamp, which training uses: the robot's "
-                    "node will see them that much later, or two clocks differ"
-                )
-            elif late.median > AHEAD_MS:
-                yield (
-                    f"{name}: messages are stamped {late.median:.0f} ms after they arrived, which is impossible: the clock of "
-                    "their machine is ahead; synchronize the clocks and record again"
-                )
+            effect = "the episode is split there; cut the recording if the operator was idle"
+            effect = f"data.max_age_ms holds its last message for {held:.1f} s of that" if held > SILENT_S else effect
+            yield f"{name}: silent for {gap.seconds:.1f} s from t+{gap.at_s:.1f} s: {effect}"
+        if late and name in used and topic.clock == "header" and late.median < -LATE_MS:
+            effect = "which training uses: the robot's node will see them that much later, or two clocks differ"
+            yield f"{name}: messages arrive {-late.median:.0f} ms after their header stamp, {effect}"
+        if late and name in used and topic.clock == "header" and late.median > AHEAD_MS:
+            effect = "the clock of their machine is ahead; synchronize the clocks and record again"
+            yield f"{name}: messages are stamped {late.median:.0f} ms after they arrived: {effect}"
         if topic.pictures and (config is None or name in config.data.cameras.values()):
             yield from _picture_warnings(topic, topic.pictures, inspection, config)
     for camera, spread in inspection.state_minus_image_ms.items():
         period = 1e3 / (inspection.topics[config.data.cameras[camera]].rate_hz or math.inf) if config else 0
         if abs(spread.median) > period + LATE_MS / 2:
-            yield (
-                f"camera {camera}: a tick's picture is {spread.median:.0f} ms older than its joint states: check that both "
-                "machines have the same time"
-            )
+            advice = "check that both machines have the same time"
+            yield f"camera {camera}: a tick's picture is {spread.median:.0f} ms older than its joint states: {advice}"
 
 
 def _picture_warnings(topic: Topic, pictures: Pictures, inspection: Inspection, config: Config | None) -> Iterator[str]:

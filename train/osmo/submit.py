@@ -48,7 +48,7 @@ ADVICE = {  # by OSMO's exit codes
     75: "wait a minute, then run the same command again",
 }
 INVALID = {  # of `osmo workflow validate`, after login and pool have been checked
-    2: "fix what it names; for the image: push it, and let the server read the registry (README.md)",
+    2: "fix what it names; for the image: push it, and let the server read the registry (README.md)"
 }
 DATA = {2: "check that it exists and that you have a DATA credential for it (osmo credential list)"}
 NAME = r"[a-zA-Z]([a-zA-Z0-9_-]{0,62}[a-zA-Z0-9])?"  # of a run: OSMO's rule for workflows

@@ -1,13 +1,15 @@
-"""robot.json and README.md of a policy: everything a robot must know that LeRobot's files do not hold, and a model card."""
+"""robot.json and README.md of a policy: what a robot must know that LeRobot's files do not hold, and a model card."""
 
 from __future__ import annotations
 
 import dataclasses
 import platform
-from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import dataclass
+from importlib.metadata import version
 from string import Template
 from typing import Any, NamedTuple
+
+import torch
 
 FORMAT = 2
 
@@ -23,7 +25,7 @@ class CameraInfo(NamedTuple):
 
 @dataclass(frozen=True)
 class Robot:
-    """The content of robot.json. `train` and `validation` are the keys of recordings and amount."""
+    """The content of robot.json; recordings and amount are by split, `train` and `validation`."""
 
     step: int
     fps: float
@@ -38,7 +40,7 @@ class Robot:
     held_out: dict[str, Any]  # the last validation error, and its step
     init_from: str | None
     versions: dict[str, str]
-    format: int = field(default=FORMAT)
+    format: int = FORMAT
 
     @staticmethod
     def from_json(tree: dict[str, Any]) -> Robot:
@@ -49,8 +51,7 @@ class Robot:
             tree = {key: value for key, value in tree.items() if key not in ("lerobot", "state", "action")}
         if tree["format"] != FORMAT:
             raise ValueError(f"format {tree['format']}, expected {FORMAT}; load it with the code that wrote it")
-        cameras = {name: CameraInfo(**camera) for name, camera in tree["cameras"].items()}
-        return Robot(**{**tree, "cameras": cameras})
+        return Robot(**{**tree, "cameras": {name: CameraInfo(**camera) for name, camera in tree["cameras"].items()}})
 
     def to_json(self) -> dict[str, Any]:
         """The tree that from_json reads."""
@@ -59,53 +60,38 @@ class Robot:
 
     def card(self) -> str:
         """The model card, in Markdown."""
-        sizes = {name: ", ".join(f"{w}x{h}" for h, w in camera.recorded) for name, camera in self.cameras.items()}
+        rows = [f"rate | {self.fps:g} Hz: run it at this rate", f"state | {', '.join(self.state_names)}"]
+        for name, camera in self.cameras.items():
+            sizes = ", ".join(f"{w}x{h}" for h, w in camera.recorded)
+            seen = f"seen at {camera.width}x{camera.height} (width x height)"
+            rows.append(f"picture `{name}` | `{camera.topic}`, recorded at {sizes}, {seen}")
+        meaning = "**absolute** targets" if self.action_as == "absolute" else "**deltas**: add each to its tick's state"
+        source = "the state one tick later" if self.action_from == "next_state" else "the commands sent to the robot"
+        rows += [f"action | {', '.join(self.action_names)}", f"meaning | {meaning}; learned from {source}"]
         validated = ", ".join(f"{key}: {value:.4g}" for key, value in self.held_out.items()) or "not validated yet"
-        held_out = len(self.recordings["validation"])
         return CARD.substitute(
             step=self.step,
-            train=f"{len(self.recordings['train'])} recordings, {_amount(self.amount['train'])}",
-            start=f"\n- started from the weights of `{self.init_from}`" if self.init_from else "",
-            judged=f"Held out: {held_out} recordings, {_amount(self.amount['validation'])}; {validated}."
-            if held_out
-            else "No recording was held out: this policy was not validated.",
+            train=self._amount("train"),
+            start=f", starting from the weights of `{self.init_from}`" if self.init_from else "",
+            judged=f"{self._amount('validation')}; {validated}" if self.recordings["validation"] else "nothing",
+            rows="\n".join(f"| {row} |" for row in rows),
             fps=f"{self.fps:g}",
-            state=_names(self.state_names),
-            cameras="".join(
-                f"\n| picture `{name}` | `{c.topic}`, recorded at {sizes[name]}, seen at {c.width}x{c.height} (width x height) |"
-                for name, c in self.cameras.items()
-            ),
-            action=_names(self.action_names),
-            meaning="**absolute** targets"
-            if self.action_as == "absolute"
-            else "**deltas**: add each to its tick's state",
-            source="the state one tick later" if self.action_from == "next_state" else "the commands sent to the robot",
             action_as=self.action_as,
-            observation='"state": {name: number}'
-            + (', "images": {camera: (H, W, 3) uint8 RGB}' if self.cameras else ""),
+            images=', "images": {camera: (H, W, 3) uint8 RGB}' if self.cameras else "",
             actions=len(self.action_names),
             lerobot=LEROBOT if self.cameras else "LeRobot cannot load this policy: its ACT needs a camera.",
         )
 
+    def _amount(self, split: str) -> str:
+        episodes, seconds = self.amount[split]["episodes"], self.amount[split]["seconds"]
+        time = f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds:.0f} s"
+        return f"{len(self.recordings[split])} recordings, {episodes} episodes, {time}"
+
 
 def versions() -> dict[str, str]:
     """Versions of what a training depends on."""
-    found = {"python": platform.python_version()}
-    for package in ("torch", "numpy", "rosbags"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:  # NGC's torch has no metadata in some images
-            found[package] = "unknown"
-    return found
-
-
-def _names(names: list[str]) -> str:
-    return f"{len(names)}: " + ", ".join(f"`{name}`" for name in names)
-
-
-def _amount(amount: dict[str, float]) -> str:
-    seconds = amount["seconds"]
-    return f"{amount['episodes']} episodes, {f'{seconds / 3600:.1f} h' if seconds >= 3600 else f'{seconds:.0f} s'}"
+    packages = {package: version(package) for package in ("numpy", "rosbags")}
+    return {"python": platform.python_version(), "torch": torch.__version__, **packages}
 
 
 LEROBOT = """\
@@ -122,16 +108,11 @@ action = postprocess(policy.select_action(preprocess(observation)))
 CARD = Template("""\
 # ACT policy, trained from rosbags
 
-- $step steps on $train$start
-
-$judged
+$step steps on $train$start. Held out: $judged.
 
 | | |
 | --- | --- |
-| rate | $fps Hz: run it at this rate |
-| state | $state |$cameras
-| action | $action |
-| meaning | $meaning; learned from $source |
+$rows
 
 `robot.json` lists the recordings by file and SHA-256, and the versions of the software.
 
@@ -142,7 +123,7 @@ from policy.runner import Policy  # in train/ of the project that trained it
 
 policy = Policy.load("pretrained_model", fps=$fps, action_as="$action_as")
 policy.reset()
-action = policy.act({$observation})  # ($actions,), once per tick
+action = policy.act({"state": {name: number}$images})  # ($actions,), once per tick
 ```
 
 ## In LeRobot

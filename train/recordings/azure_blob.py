@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from config import BlobUrl
+from blob_url import BlobUrl
 from faults import AGAIN, Fault
 from files import locked, write_whole
 
@@ -68,31 +68,31 @@ def local_folder(place: Path | BlobUrl, cache_dir: Path) -> Path:
 
 def _mirror(url: BlobUrl, client: Any, root: Path, gone: Path) -> Path:
     """Update the folder of the URL's prefix below root."""
-    begin = f"{url.prefix}/" if url.prefix else ""
-    blobs = list(_list(client, begin))
+    blobs = list(_list(client, f"{url.prefix}/" if url.prefix else ""))
     if not blobs:  # the prefix may be a recording itself, perhaps with a write-ahead log
         blobs = [blob for blob in _list(client, url.prefix) if blob.name in (url.prefix, f"{url.prefix}-wal")]
-    shown = [blob for blob in blobs if not re.search(r"(^|/)\.[^./]", blob.path) and not blob.path.endswith("/")]
+    shown = [blob for blob in blobs if not re.search(r"(^|/)\.[^./]|(^|/)$", blob.path)]
     wanted = [blob for blob in shown if RECORDING.fullmatch(blob.path.rpartition("/")[2])]
-    others = [blob.path for blob in shown if blob not in wanted and blob.path]
+    others = [blob.path for blob in shown if blob not in wanted]
     if not wanted:
-        there = f"other blobs: {_first(others)}" if others else "no blobs at all"
-        raise Fault(f"{url}: no recordings (.mcap, .db3, .bag), {there}; check the prefix")
+        found = f"other blobs: {_first(others)}" if others else "no blobs at all"
+        raise Fault(f"{url}: no recordings (.mcap, .db3, .bag), {found}; check the prefix")
     if faults := wrong_names([blob.path for blob in wanted]):
-        raise Fault(*(f"{url}: {fault}" for fault in faults))
+        raise Fault(*faults).at(url)
     files = {root / blob.name: blob for blob in wanted}
     folder = root / url.prefix
     moved = _set_aside(folder, files, gone / url.prefix) if folder not in files else []
-    missing = {
-        file: blob for file, blob in files.items() if not (_etag(file) == blob.etag and _size(file) == blob.size)
-    }
-    fetched = _download_all(client, missing)
+    fetched = _download_all(client, {file: blob for file, blob in files.items() if not _is_complete(file, blob)})
     if os.environ.get("LOCAL_RANK", "0") == "0":  # else each process of this machine prints it
         size = sum(blob.size for blob in wanted) / 1e6
-        lines = [f"mirror: {len(wanted)} blobs, {size:.1f} MB, downloaded {fetched / 1e6:.1f} MB, in {folder}"]
-        lines += [f"mirror: skipped, not recordings: {_first(others)}"] if others else []
-        lines += [f"mirror: no longer in the container, moved to {gone / url.prefix}: {_first(moved)}"] if moved else []
-        print("\n".join(lines), file=sys.stderr)
+        print(
+            f"mirror: {len(wanted)} blobs, {size:.1f} MB, downloaded {fetched / 1e6:.1f} MB, in {folder}",
+            file=sys.stderr,
+        )
+        if others:
+            print(f"mirror: skipped, not recordings: {_first(others)}", file=sys.stderr)
+        if moved:
+            print(f"mirror: no longer in the container, moved to {gone / url.prefix}: {_first(moved)}", file=sys.stderr)
     return folder
 
 
@@ -139,9 +139,9 @@ def _set_aside(folder: Path, files: dict[Path, Blob], gone: Path) -> list[str]:
 def _download_all(client: Any, missing: dict[Path, Blob]) -> int:
     """Download blobs into files, several at once; the bytes that came."""
     stop = threading.Event()
-    have = sum(max(0, _size(_beside(file)[0])) for file, blob in missing.items() if _etag(file) == blob.etag)
-    total = sum(blob.size for blob in missing.values())
+    have = sum(_size(_beside(file)[0]) for file, blob in missing.items() if _etag(file) == blob.etag)
     options: dict[str, Any] = {"desc": "mirroring", "unit": "B", "unit_scale": True, "disable": not missing}
+    total = sum(blob.size for blob in missing.values())
     with tqdm(total=total, initial=have, **options) as bar, ThreadPoolExecutor(WORKERS) as pool:
         try:
             for done in [pool.submit(_download, client, file, blob, bar, stop) for file, blob in missing.items()]:
@@ -163,20 +163,19 @@ def _download(client: Any, file: Path, blob: Blob, bar: tqdm[Any], stop: threadi
             part.unlink(missing_ok=True)
             write_whole(record, blob.etag)
         same: dict[str, Any] = {"etag": f'"{blob.etag}"', "match_condition": MatchConditions.IfNotModified}
-        with part.open("ab") as out:
-            try:
+        try:
+            with part.open("ab") as out:
                 while out.tell() < blob.size and not stop.is_set():
                     length = min(PIECE, blob.size - out.tell())
-                    piece = client.download_blob(blob.name, out.tell(), length, decompress=False, **same).readall()
-                    out.write(piece)
+                    out.write(client.download_blob(blob.name, out.tell(), length, decompress=False, **same).readall())
                     out.flush()
                     with bar.get_lock():
-                        bar.update(len(piece))
-            except exceptions.ResourceModifiedError:
-                now = client.get_blob_client(blob.name).get_blob_properties()
-                blob = blob._replace(size=now.size, etag=now.etag.strip('"'))
-                continue
-            os.fsync(out.fileno())
+                        bar.update(length)
+                os.fsync(out.fileno())
+        except exceptions.ResourceModifiedError:
+            now = client.get_blob_client(blob.name).get_blob_properties()
+            blob = blob._replace(size=now.size, etag=now.etag.strip('"'))
+            continue
         if _size(part) == blob.size:
             part.rename(file)
         return
@@ -194,7 +193,11 @@ def _etag(file: Path) -> str:
 
 
 def _size(path: Path) -> int:
-    return path.stat().st_size if path.exists() else -1
+    return path.stat().st_size if path.exists() else 0
+
+
+def _is_complete(file: Path, blob: Blob) -> bool:
+    return file.exists() and _size(file) == blob.size and _etag(file) == blob.etag
 
 
 def _first(names: list[str]) -> str:
@@ -213,22 +216,32 @@ def _client(url: BlobUrl) -> Iterator[tuple[Any, str]]:
     logging.getLogger("azure").setLevel(logging.CRITICAL)  # it would log what becomes a fault
     values = {name: value for name in (CONNECTION_STRING, KEY, SAS) if (value := os.environ.get(name, "").strip())}
     secret, value = next(iter(values.items()), ("", ""))
-    retry: Any = ExponentialRetry(random_jitter_range=0, **RETRIES)  # type: ignore[arg-type]
+
+    class Retry(ExponentialRetry):
+        def increment(self, settings: Any, request: Any, response: Any = None, error: Any = None) -> bool:
+            """Whether to try again: not if the account's name is wrong."""
+            return not UNRESOLVED.search(str(error)) and super().increment(settings, request, response, error)
+
+    retry: Any = Retry(random_jitter_range=0, **RETRIES)  # type: ignore[arg-type]
     options: dict[str, Any] = {"retry_policy": retry, "read_timeout": 30, "max_single_get_size": PIECE}
+    credential: Any = None
     if secret == CONNECTION_STRING:
         try:
             client = ContainerClient.from_connection_string(value, url.container, **options)
         except ValueError:
             raise Fault(f"{secret}: not a connection string; copy all of it, as Azure shows it") from None
-        address = client.url.partition("?")[0]  # a SAS would follow
-        if address != f"{url.endpoint}/{url.container}":
-            raise Fault(f"{secret}: is for {address.rpartition('/')[0]}, but data.bag_dir is at {url.endpoint}")
-    elif not secret and not url.endpoint.startswith("https:"):
-        raise Fault(f"{url}: no credential; {CREDENTIALS} (only for https)")
+        address = client.url.partition("?")[0].rpartition("/")[0]  # a SAS would follow
+        if address != url.endpoint:
+            raise Fault(f"{secret}: is for {address}, but data.bag_dir is at {url.endpoint}")
     else:
-        credential: Any = DefaultAzureCredential() if not secret else AzureSasCredential(value.removeprefix("?"))
         if secret == KEY:
             credential = AzureNamedKeyCredential(url.account, value)
+        elif secret == SAS:
+            credential = AzureSasCredential(value.removeprefix("?"))
+        elif url.endpoint.startswith("https:"):
+            credential = DefaultAzureCredential()
+        else:
+            raise Fault(f"{url}: no credential; {CREDENTIALS} (only for https)")
         client = ContainerClient(url.endpoint, url.container, credential=credential, **options)
     with client:
         yield client, secret
@@ -245,23 +258,22 @@ def _faults(url: BlobUrl, secret: str) -> Iterator[None]:
     except ValueError:  # a key that is not base64
         raise unusable from None
     except AzureError as error:
-        status, code = getattr(error, "status_code", None), getattr(error, "error_code", None)
+        status, code, text = getattr(error, "status_code", None), getattr(error, "error_code", None), str(error)
         answer = f"{status} {getattr(code, 'value', None) or code or ''}".strip()
-        reason = answer if status else " ".join(re.sub(r"<[^>]*>:?|\w+\(host=.*?\):", "", str(error)).split())[:160]
+        reason = answer if status else " ".join(re.sub(r"<[^>]*>:?|\w+\(host=.*?\):", "", text).split())[:160]
+        fault = Fault(f"{url}: refused ({answer}); see Azure's list of Blob Storage error codes")
         if isinstance(error, ClientAuthenticationError) and status is None:
-            why = re.search(r"AADSTS\d+[^\n]{0,160}", str(error))
-            raise (
-                unusable if secret else Fault(f"{url}: no credential{f' ({why[0]})' if why else ''}; {CREDENTIALS}")
-            ) from None
-        if status in (401, 403):
-            expected = f"expected the key of {url.account}, a valid SAS token to read and list, or the role Storage Blob Data Reader"
-            raise Fault(
-                f"{url}: refused ({answer}) with {secret or 'your login'}; {expected}; check the firewall, too"
-            ) from None
-        if UNRESOLVED.search(str(error)):
-            raise Fault(f"{url}: cannot connect ({reason}); check the account's name") from None
-        if "ContainerNotFound" in answer:
-            raise Fault(f"{url}: account {url.account} has no container {url.container}; check its name") from None
-        if status in PASSING or "BlobNotFound" in answer:
-            raise Unfinished(f"{url}: network or server failed ({reason}); run the same command to resume") from None
-        raise Fault(f"{url}: refused ({answer}); see Azure's list of Blob Storage error codes") from None
+            why = re.search(r"AADSTS\d+[^\n]{0,160}", text)
+            fault = unusable if secret else Fault(f"{url}: no credential{f' ({why[0]})' if why else ''}; {CREDENTIALS}")
+        elif status in (401, 403):
+            need = f"the key of {url.account}, a valid SAS token to read and list, or the role Storage Blob Data Reader"
+            fault = Fault(
+                f"{url}: refused ({answer}) with {secret or 'your login'}; expected {need}; check the firewall"
+            )
+        elif UNRESOLVED.search(text):
+            fault = Fault(f"{url}: cannot connect ({reason}); check the account's name")
+        elif "ContainerNotFound" in answer:
+            fault = Fault(f"{url}: account {url.account} has no container {url.container}; check its name")
+        elif status in PASSING or "BlobNotFound" in answer:
+            fault = Unfinished(f"{url}: network or server failed ({reason}); run the same command to resume")
+        raise fault from None

@@ -89,7 +89,7 @@ def find_bags(folder: Path) -> tuple[list[Bag], list[str]]:
                 raise Fault(f"{path}: {UNREADABLE[path.suffix]}")
             if path.name == "metadata.yaml" and path.parent in described:
                 bags.append(_described_bag(path, str(path.parent.relative_to(root))))
-            elif _is_storage(path) and path.parent not in described:
+            elif _storage_suffix(path) in STORAGES and path.parent not in described:
                 bags.append(Bag(str(path.relative_to(root)), (path,), {}))
         except Fault as fault:
             faults += fault.args
@@ -114,10 +114,6 @@ def _files(folder: Path) -> list[Path]:
     return sorted(paths.values())
 
 
-def _is_storage(path: Path) -> bool:
-    return _storage_suffix(path) in STORAGES
-
-
 def _storage_suffix(path: Path) -> str:
     return Path(path.name.removesuffix(".zstd")).suffix
 
@@ -128,16 +124,15 @@ def _described_bag(metadata: Path, name: str) -> Bag:
     try:
         info = yaml.safe_load(metadata.read_text())["rosbag2_bagfile_information"]
         files = tuple(metadata.parent / Path(file).name for file in info["relative_file_paths"])
-        declared = {
-            topic["topic_metadata"]["name"]: topic["message_count"] for topic in info["topics_with_message_count"]
-        }
+        topics = info["topics_with_message_count"]
+        declared = {topic["topic_metadata"]["name"]: topic["message_count"] for topic in topics}
     except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError) as error:
         raise Fault(f"{metadata}: cannot read ({_brief(error)}); {advice}") from None
     missing = [file.name for file in files if not file.exists()]
     if missing or not files:
         raise Fault(f"{metadata}: missing file: {', '.join(missing) or 'all'}; copy the whole recording, or {advice}")
-    siblings = [path for path in _files(metadata.parent) if path.parent == metadata.parent and _is_storage(path)]
-    if unlisted := [path.name for path in siblings if path not in files]:
+    siblings = [path for path in _files(metadata.parent) if path.parent == metadata.parent and path not in files]
+    if unlisted := [path.name for path in siblings if _storage_suffix(path) in STORAGES]:
         raise Fault(f"{metadata}: does not list {', '.join(unlisted)}; move the file away, or {advice}")
     return Bag(name, files, declared)
 
@@ -149,19 +144,19 @@ def read_messages(bag: Bag, topics: Collection[str]) -> Iterator[Message]:
     """
     read: Counter[str] = Counter()
     types: dict[str, set[str]] = {}
-    start_ns: int | None = None
+    start_ns: float | None = None
     for file in bag.files:
-        decoders: dict[int, Callable[[bytes], Any]] = {}
+        decoders: dict[int, tuple[str, Callable[[bytes], Any]]] = {}
         with opened(file) as storage:
-            for connection, receive_ns, raw in storage.messages():
-                start_ns = receive_ns if start_ns is None else start_ns
-                topic, msgtype = connection.topic, full_name(connection.msgtype)
-                if topic not in topics:
-                    continue
+            for connection, receive_ns, raw in storage.messages(topics):
+                start_ns = storage.start_ns if start_ns is None else start_ns
+                topic = connection.topic
                 if connection.id not in decoders:
-                    decoders[connection.id] = decoder(file, connection)
-                seconds, decode = (receive_ns - start_ns) / 1e9, decoders[connection.id]
-                yield Message(bag.name, topic, read[topic], msgtype, receive_ns, seconds, raw, decode)
+                    decoders[connection.id] = full_name(connection.msgtype), decoder(file, connection)
+                msgtype, decode = decoders[connection.id]
+                yield Message(
+                    bag.name, topic, read[topic], msgtype, receive_ns, (receive_ns - start_ns) / 1e9, raw, decode
+                )
                 read[topic] += 1
             for connection in storage.connections.values():
                 types.setdefault(connection.topic, set()).add(full_name(connection.msgtype))
@@ -210,8 +205,8 @@ def opened(file: Path) -> Iterator[Storage]:
             yield open_storage(content, _storage_suffix(file))
         except Unreadable as error:
             what, *fix = error.args
-            remedy = REMEDIES.get(_storage_suffix(file), f"one of {', '.join(STORAGES)}")
-            raise Fault(f"{file}: {what}; {fix[0] if fix else f'copy it again, try {remedy}, or remove it'}") from None
+            repair = f"copy it again, try {REMEDIES.get(_storage_suffix(file), 'its recorder')}, or remove it"
+            raise Fault(f"{file}: {what}; {fix[0] if fix else repair}") from None
 
 
 def _decompressed(file: Path, content: BinaryIO, stack: ExitStack) -> BinaryIO:

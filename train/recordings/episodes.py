@@ -17,8 +17,8 @@ from config import Data, Signal
 from faults import Fault
 from recordings.bags import Bag, Message, read_messages
 from recordings.images import at_size
-from recordings.plausibility import Ticks
-from recordings.signals import Series, jumps, read_series
+from recordings.plausibility import Ticks, jumps
+from recordings.signals import Series, read_series
 
 WORTH_A_NOTE_NS = 500_000_000
 DECODERS = 2  # threads that decode pictures; OpenCV releases the GIL
@@ -100,12 +100,19 @@ def cut(name: str, series: dict[str, Series], data: Data) -> Recording:
 
 def _check_jumps(name: str, series: dict[str, Series], data: Data) -> list[str]:
     """Warnings of steps in the state that no arm can make. Raises Fault for spikes in state or commands."""
-    by_signal = {signal: jumps(series[signal.topic], signal) for signal in (*data.state, *data.commands)}
-    advice = "and back; no arm can: check the driver, cut the recording, or remove it"
-    if spikes := [f"{name}: {spike} {advice}" for spikes, _ in by_signal.values() for spike in spikes]:
-        raise Fault(*spikes)
-    advice = "and stays; no arm can: was it reset, or does the angle wrap? Cut the recording there, or unwrap the joint"
-    return [f"{step} {advice}" for signal in data.state for step in by_signal[signal][1]]  # a command may step
+    spikes: dict[str, None] = {}
+    warnings = []
+    for signal in (*data.state, *data.commands):
+        rows, names = series[signal.topic].values[signal], series[signal.topic].names[signal]
+        is_position = signal.field in ("", "position") and (signal.joints or ".position[" in names[0])
+        found = jumps(series[signal.topic].stamps, rows, names) if is_position else ([], [])
+        spikes |= dict.fromkeys(f"{name}: {signal.topic}: {spike} and back" for spike in found[0])
+        if signal in data.state:  # a command may step
+            warnings += [f"{signal.topic}: {step} and stays" for step in found[1]]
+    if spikes:
+        raise Fault(*(f"{spike}; no arm can: check the driver, cut the recording, or remove it" for spike in spikes))
+    advice = "no arm can: was it reset, or does the angle wrap? Cut the recording there, or unwrap the joint"
+    return [f"{step}; {advice}" for step in dict.fromkeys(warnings)]
 
 
 def _grid(name: str, series: dict[str, Series], fps: float) -> np.ndarray:

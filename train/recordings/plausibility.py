@@ -20,6 +20,10 @@ EXPLAINED = 0.7  # least share of the motion that a command explains at its lag
 LATE_TICKS, LATE_S = 5, 0.15
 COPIED = 0.1  # of a joint's standard deviation: copying the state would come this close over a whole chunk
 TWO_TURNS = 4 * np.pi  # rad
+MAX_JOINT_SPEED = 30.0  # rad/s: the fastest axes of industrial robots turn at 20
+SPIKE = 3  # messages, at most
+FULL_TURN_WITHIN = 0.1  # rad: a jump this close to 2 pi is a wrapped angle
+SWITCH = 16  # a joint of at most so many positions is a switch, such as a gripper that is open or closed
 
 
 class Ticks(NamedTuple):
@@ -46,26 +50,51 @@ class Lag(NamedTuple):
     explained: float  # share of the state's motion that the command explains at this lag
 
 
+def jumps(stamps: np.ndarray, rows: np.ndarray, joints: tuple[str, ...]) -> tuple[list[str], list[str]]:
+    """Where positions (M, K) at stamps (M,) ns jump as no arm can, in words: spikes that return, and lasting steps.
+
+    A spike, of at most SPIKE messages, is a damaged number. A step may be an arm that was reset, or an angle that wraps,
+    which may return. Only positions in rad are checked, and no switches.
+    """
+    spikes: list[str] = []
+    steps: list[str] = []
+    if len(rows) < 3 or np.median(np.abs(rows), axis=0).max() > TWO_TURNS:
+        return spikes, steps
+    elapsed = np.diff(stamps)
+    # a busy machine delivers in bursts what was measured a period apart
+    seconds = np.maximum(elapsed, max(1.0, float(np.median(elapsed)))) / 1e9
+    for column, name in zip(rows.T, joints, strict=True):
+        if len(np.unique(column)) <= SWITCH:
+            continue
+        with np.errstate(over="ignore", invalid="ignore"):  # damaged numbers
+            size = np.abs(np.diff(column))
+            at = np.flatnonzero(size > MAX_JOINT_SPEED * seconds)
+            after = [column[np.minimum(at + ahead, len(column) - 1)] for ahead in range(2, 2 + SPIKE)]
+            back = np.any([np.abs(later - column[at]) < size[at] / 2 for later in after], axis=0)
+            back &= np.abs(size[at] - 2 * np.pi) > FULL_TURN_WITHIN
+        for places, lines in ((at[back], spikes), (at[~back & ~np.isin(at - 1, at[back])], steps)):
+            for i in places[:1]:
+                place = f"at message {i + 1}, t+{(stamps[i + 1] - stamps[0]) / 1e9:.3f} s ({len(places)} such jumps)"
+                jump = f"from {column[i]:.4g} to {column[i + 1]:.4g} in {seconds[i] * 1e3:.1f} ms"
+                lines.append(f"{name} jumps {jump} {place}")
+    return spikes, steps
+
+
 def warnings(ticks: Ticks, config: Config) -> list[str]:
     """What to check before training, one line each."""
     return [*_joints(ticks), *_actions(ticks, config), *_times(ticks, config), *_cameras(ticks, config)]
 
 
 def _joints(ticks: Ticks) -> Iterator[str]:
-    moved = np.ptp(ticks.state, axis=0)
+    moved, angles = np.ptp(ticks.state, axis=0), np.abs(ticks.state).max(axis=0)
     if moved.max() < STILL:
         yield "nothing moves: no joint of data.state changes by more than 0.0001; remove the recording"
-    else:
-        for name, still, at in zip(ticks.state_names, moved < STILL, ticks.state[0], strict=True):
-            if still:
-                yield f"{name} never moves (stays at {at:.4g}): remove it from data.state, or check its driver"
-    angles = np.abs(ticks.state).max(axis=0)
+    for name, still, at in zip(ticks.state_names, moved < STILL, ticks.state[0], strict=True):
+        if still and moved.max() >= STILL:
+            yield f"{name} never moves (stays at {at:.4g}): remove it from data.state, or check its driver"
     if (angles > TWO_TURNS).mean() > 0.5:
-        worst = int(angles.argmax())
-        yield (
-            f"{ticks.state_names[worst]} reaches {angles[worst]:.4g}, most joints more than two turns in rad: are these "
-            "degrees? The policy will answer in the same unit"
-        )
+        reach = f"{ticks.state_names[int(angles.argmax())]} reaches {angles.max():.4g}"
+        yield f"{reach}, most joints more than two turns in rad: are these degrees? The policy will answer in the same unit"
 
 
 def _actions(ticks: Ticks, config: Config) -> Iterator[str]:
@@ -74,23 +103,20 @@ def _actions(ticks: Ticks, config: Config) -> Iterator[str]:
         moved = np.ptp(ticks.state, axis=0)
         same = np.all(np.abs(ticks.target - ticks.state) <= 1e-6 * np.maximum(moved, 1), axis=1).mean()
         if same > 0.99 and moved.max() >= STILL:
-            yield (
-                f"the action equals the state at {same:.0%} of the ticks: a policy would learn to stand still; set "
-                "data.action.from to the topic of the commands, or to next_state"
-            )
+            advice = "set data.action.from to the topic of the commands, or to next_state"
+            yield f"the action equals the state at {same:.0%} of the ticks: the policy would stand still; {advice}"
             return
     copied = copying_error(ticks, chunk)
     if copied is not None and copied < COPIED:
-        yield (
-            f"a policy could copy its state: over the {chunk} ticks of a chunk ({chunk / fps:.2f} s) the action leaves the "
-            f"state by {copied:.1%} of a joint's standard deviation; raise model.chunk_size, or lower data.fps"
+        leaves = (
+            f"over a chunk ({chunk} ticks, {chunk / fps:.2f} s) actions leave the state by {copied:.1%} of its spread"
         )
+        yield f"a policy could copy its state: {leaves}; raise model.chunk_size, or lower data.fps"
     follows = lag(ticks, config)
     if follows and follows.seconds > max(LATE_TICKS / fps, LATE_S):
-        yield (
-            f"the state follows the command {follows.seconds * 1e3:.0f} ms later ({follows.seconds * fps:.1f} ticks): check "
-            "that both topics use one clock, and set data.action.from to the command nearest to the drives"
-        )
+        late = f"{follows.seconds * 1e3:.0f} ms later ({follows.seconds * fps:.1f} ticks)"
+        advice = "check that both topics use one clock, and use the command nearest to the drives"
+        yield f"the state follows the command {late}: {advice}"
 
 
 def _times(ticks: Ticks, config: Config) -> Iterator[str]:
@@ -98,13 +124,11 @@ def _times(ticks: Ticks, config: Config) -> Iterator[str]:
     for seconds, where in ((head, "begins"), (tail, "ends")):
         if seconds > IDLE_S:
             yield f"{where} with {seconds:.1f} s without motion: cut the recording, or the policy learns to wait"
-    chunk = config.model.chunk_size
+    chunk, count = config.model.chunk_size, len(ticks.lengths)
     short = sum(length < chunk / 2 for length in ticks.lengths)
-    if short > len(ticks.lengths) / 2:
-        yield (
-            f"{short} of {len(ticks.lengths)} episodes are shorter than half of model.chunk_size = {chunk} ticks (longest "
-            f"{max(ticks.lengths)}): chunks would be mostly padding; lower model.chunk_size, or fix what splits them"
-        )
+    if short > count / 2:
+        lengths = f"{short} of {count} episodes are shorter than half of model.chunk_size = {chunk} (longest {max(ticks.lengths)})"
+        yield f"{lengths}: chunks would be mostly padding; lower model.chunk_size, or fix what splits them"
 
 
 def _cameras(ticks: Ticks, config: Config) -> Iterator[str]:
@@ -113,10 +137,8 @@ def _cameras(ticks: Ticks, config: Config) -> Iterator[str]:
         new = sum(int(np.count_nonzero(np.diff(frames[episode]))) for episode in ticks.episodes())
         rate = fps * new / max(1, len(frames) - len(ticks.lengths))
         if rate < 0.7 * fps and len(frames) > 10:
-            yield (
-                f"camera {camera} has {rate:.3g} new pictures per second at data.fps = {fps:g}: most ticks repeat one; set "
-                f"data.fps to about {rate:.0f}, or record faster"
-            )
+            advice = f"most ticks repeat one; set data.fps to about {rate:.0f}, or record faster"
+            yield f"camera {camera} has {rate:.3g} new pictures per second at data.fps = {fps:g}: {advice}"
 
 
 def idle(ticks: Ticks, fps: float) -> tuple[float, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import struct
 from array import array
 from collections.abc import Collection
 from typing import Any, NamedTuple
@@ -15,15 +16,12 @@ from recordings.bags import Bag, Message, read_messages
 
 MAX_SKEW_NS = 1_000_000_000  # a header stamp this far from its receive stamp is on another clock
 GREATEST = float(np.finfo(np.float32).max)
+LAYOUTS = 16  # of a topic to learn
+STAMP, STAMP_END = struct.Struct("<iI"), 12  # a header's, behind 4 bytes of CDR or ROS 1's sequence number
 JOINT_STATE, TRAJECTORY = "sensor_msgs/msg/JointState", "trajectory_msgs/msg/JointTrajectory"
 NAMES = {JOINT_STATE: "name", TRAJECTORY: "joint_names"}
 USUAL_FIELD = {JOINT_STATE: "position", TRAJECTORY: "points.0.positions"}
 IMAGES = ("sensor_msgs/msg/Image", "sensor_msgs/msg/CompressedImage")
-MAX_JOINT_SPEED = 30.0  # rad/s: the fastest axes of industrial robots turn at 20
-SPIKE = 3  # messages, at most
-FULL_TURN_WITHIN = 0.1  # rad: a jump this close to 2 pi is a wrapped angle
-SWITCH = 16  # a joint of at most so many positions is a switch, such as a gripper that is open or closed
-DEGREES_ABOVE = 4 * np.pi  # a joint beyond two turns is not in rad
 
 
 class Series(NamedTuple):
@@ -90,38 +88,34 @@ def choose_clock(receive: np.ndarray, header: np.ndarray) -> tuple[np.ndarray, s
     return header, "header"
 
 
-def jumps(series: Series, signal: Signal) -> tuple[list[str], list[str]]:
-    """Where joints move faster than any arm can, in words: spikes that return within SPIKE messages, and lasting steps.
+class _Layout(NamedTuple):
+    """Where the numbers of a parsed message are: one that differs only in stamp and arrays needs no parsing."""
 
-    A spike is a damaged number. A step may be an arm that was reset, or an angle that wraps, which may return.
-    Only positions in rad are checked: other numbers may jump.
-    """
-    rows, names = series.values[signal], series.names[signal]
-    spikes: list[str] = []
-    steps: list[str] = []
-    if signal.field not in ("", "position") or len(rows) < 3 or np.median(np.abs(rows), axis=0).max() > DEGREES_ABOVE:
-        return spikes, steps
-    elapsed = np.diff(series.stamps)
-    # a busy machine delivers in bursts what was measured a period apart
-    seconds = np.maximum(elapsed, max(1.0, float(np.median(elapsed)))) / 1e9
-    for column, name in zip(rows.T, names, strict=True):
-        is_joint = bool(signal.joints) or name.startswith(f"{signal.topic}.position[")
-        if not is_joint or len(np.unique(column)) <= SWITCH:
-            continue
-        with np.errstate(over="ignore", invalid="ignore"):  # damaged numbers
-            size = np.abs(np.diff(column))
-            at = np.flatnonzero(size > MAX_JOINT_SPEED * seconds)
-            after = [column[np.minimum(at + ahead, len(column) - 1)] for ahead in range(2, 2 + SPIKE)]
-            back = np.any([np.abs(later - column[at]) < size[at] / 2 for later in after], axis=0)
-            back &= np.abs(size[at] - 2 * np.pi) > FULL_TURN_WITHIN
-        for places, lines in ((at[back], spikes), (at[~back & ~np.isin(at - 1, at[back])], steps)):
-            if len(places):
-                i = int(places[0])
-                lines.append(
-                    f"{signal.topic}: {name} jumps from {column[i]:.4g} to {column[i + 1]:.4g} in {seconds[i] * 1e3:.1f} ms "
-                    f"at message {i + 1}, t+{(series.stamps[i + 1] - series.stamps[0]) / 1e9:.3f} s ({len(places)} such jumps)"
-                )
-    return spikes, steps
+    fixed: list[tuple[int, int, bytes]]  # from, to, content
+    arrays: list[tuple[struct.Struct, int]]  # of each signal, and its offset
+
+    @staticmethod
+    def of(raw: bytes, content: Any, picked: list[Any]) -> _Layout | None:
+        """The layout of a message with a header and `picked` arrays; None if these are not as they are in its bytes."""
+        stamp = getattr(getattr(content, "header", None), "stamp", None)
+        spans: dict[int, tuple[int, int]] = {}  # array: from, to
+        for value in (getattr(content, f.name) for f in dataclasses.fields(content)):
+            if isinstance(value, np.ndarray) and isinstance(value.base, bytes):
+                body = np.frombuffer(value.base, np.uint8)  # the message behind its first bytes
+                offset = len(raw) - len(body) + value.ctypes.data - body.ctypes.data
+                if raw[offset : offset + value.nbytes] == value.tobytes():
+                    spans[id(value)] = offset, offset + value.nbytes
+        is_stamped = stamp and STAMP.unpack_from(raw, 4) == (stamp.sec, stamp.nanosec)
+        if not is_stamped or not picked or not all(id(value) in spans and value.dtype == "<f8" for value in picked):
+            return None
+        edges = [STAMP_END, *(edge for span in sorted(spans.values()) for edge in span), len(raw)]
+        fixed = [(a, b, raw[a:b]) for a, b in zip(edges[::2], edges[1::2], strict=True)]
+        return _Layout(fixed, [(struct.Struct(f"<{value.size}d"), spans[id(value)][0]) for value in picked])
+
+    def fits(self, raw: bytes) -> bool:
+        return len(raw) == self.fixed[-1][1] and [raw[a:b] for a, b, _ in self.fixed] == [
+            part for _, _, part in self.fixed
+        ]
 
 
 class _Topic:
@@ -129,12 +123,23 @@ class _Topic:
 
     def __init__(self, is_camera: bool, signals: list[Signal]) -> None:
         self.is_camera, self.columns = is_camera, [_Columns(signal) for signal in signals]
+        self.layout: _Layout | None = None
+        self.parsed = 0
         self.receive, self.header = array("q"), array("q")
         self.faults: list[str] = []
         self.skipped, self.first_skipped = 0, ""
 
     def add(self, message: Message) -> None:
         if self.faults:
+            return
+        raw = message.raw
+        if self.layout and self.layout.fits(raw):
+            for columns, (numbers, offset) in zip(self.columns, self.layout.arrays, strict=True):
+                values = numbers.unpack_from(raw, offset)
+                columns.rows.extend([values[i] for i in columns.order])
+            seconds, nanoseconds = STAMP.unpack_from(raw, 4)
+            self.receive.append(message.receive_ns)
+            self.header.append(seconds * 10**9 + nanoseconds)
             return
         content = message.content()
         if self.is_camera and message.msgtype not in IMAGES:
@@ -147,6 +152,9 @@ class _Topic:
             return
         for columns in self.columns:
             columns.add(message.msgtype, content, joints)
+        self.parsed += 1
+        picked = [columns.value for columns in self.columns]
+        self.layout = _Layout.of(raw, content, picked) if self.parsed <= LAYOUTS else None  # else all messages differ
         stamp = getattr(getattr(content, "header", None), "stamp", None)
         self.receive.append(message.receive_ns)
         self.header.append(stamp.sec * 10**9 + stamp.nanosec if stamp else 0)
@@ -171,8 +179,8 @@ class _Columns:
     def __init__(self, signal: Signal) -> None:
         self.signal = signal
         self.names: tuple[str, ...] = ()
-        self.order = np.zeros(0, int)  # where the signal's numbers are in the message
-        self.joints: list[str] | None = None  # of the last message: any message may bring another order
+        self.order: list[int] = []  # where the signal's numbers are in the message
+        self.value: Any = None  # of the last parsed message
         self.rows = array("d")  # flat: a list of arrays needs six times the memory
 
     def add(self, msgtype: str, content: Any, joints: list[str]) -> None:
@@ -181,11 +189,8 @@ class _Columns:
         field = signal.field or USUAL_FIELD.get(msgtype) or ("data" if msgtype.startswith("std_msgs/") else "")
         if not field:
             raise Fault(f"a {msgtype} needs `field`; its fields: {', '.join(_fields(content))}")
-        value = _follow(content, field)
-        if signal.joints and isinstance(value, np.ndarray) and joints == self.joints and len(value) == len(joints):
-            self.rows.frombytes(value.astype(np.float64)[self.order].tobytes())
-            return
-        numbers, paths = _numbers(value, field)
+        self.value = _follow(content, field)
+        numbers, paths = _numbers(self.value, field)
         if msgtype not in NAMES and signal.joints:
             raise Fault(f"`joints` needs a {JOINT_STATE} or {TRAJECTORY}, found a {msgtype}; use `index`")
         if signal.joints:
@@ -195,12 +200,12 @@ class _Columns:
         elif signal.index:
             if max(signal.index) >= len(numbers):
                 raise Fault(f"index {max(signal.index)} is beyond the {len(numbers)} numbers of {field}")
-            self.order = np.array(signal.index)
+            self.order = list(signal.index)
         elif msgtype in NAMES:
             advice = f"if you know the joints' order, set index: {list(range(len(numbers)))}"
             raise Fault(f"name[] is empty; {advice}")
         else:
-            self.order = np.arange(len(numbers))
+            self.order = list(range(len(numbers)))
         if not signal.joints:
             self.names = tuple(f"{signal.topic}.{paths[i]}" for i in self.order)
         if count and count != len(self.order):
@@ -216,7 +221,7 @@ class _Columns:
         if count != len(joints):
             raise Fault(f"{field} has {count} values for {len(joints)} joint names; expected one each; set `field`")
         suffix = "" if field in USUAL_FIELD.values() else f".{field.split('.')[-1]}"
-        self.order, self.joints = np.array([joints.index(joint) for joint in wanted]), joints
+        self.order = [joints.index(joint) for joint in wanted]
         self.names = tuple(f"{joint}{suffix}" for joint in wanted)
 
 

@@ -8,8 +8,8 @@ https://mcap.dev/spec    https://wiki.ros.org/Bags/Format/2.0    https://github.
 
 from __future__ import annotations
 
+import bisect
 import bz2
-import heapq
 import io
 import math
 import sqlite3
@@ -31,13 +31,8 @@ else:
 
 Stamped = tuple[int, int, int, bytes]  # receive stamp in ns, place in the file, connection, message
 ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
-UNPACK: dict[str, Callable[[bytes], bytes]] = {
-    "": bytes,
-    "none": bytes,
-    "lz4": lz4.frame.decompress,
-    "zstd": zstd.decompress,
-    "bz2": bz2.decompress,
-}
+UNPACK: dict[str, Callable[[bytes], bytes]] = {"": bytes, "none": bytes, "bz2": bz2.decompress}
+UNPACK |= {"lz4": lz4.frame.decompress, "zstd": zstd.decompress}
 NO_SUM = "none"
 SUMS = {"bz2": "bz2's CRCs", "lz4": "LZ4's checksums", "zstd": "zstd's checksum"}
 
@@ -60,26 +55,37 @@ class Connection(NamedTuple):
 class Storage:
     """An open storage file. `connections`, `counts` and `sums` are complete when all messages have been read."""
 
+    MAGIC: bytes
+
     def __init__(self, file: BinaryIO) -> None:
         self.file, self.end = file, file.seek(0, 2)
         self.connections: dict[int, Connection] = {}
         self.counts: Counter[int] = Counter()  # messages by connection
         self.sums: Counter[str] = Counter()  # the checksums in the file, in words
         self.definitions: dict[str, Any] = {}  # as first defined
+        self.start_ns: float = math.inf  # the least stamp; known when messages begin
 
     def messages(self, topics: Collection[str] | None = None) -> Iterator[tuple[Connection, int, bytes]]:
         """The messages of some topics (None: all) and their receive stamps in ns. Raises Unreadable."""
-        held: list[Stamped] = []  # a heap: messages that a later unit may precede
+        self.file.seek(0)
+        if (found := self.file.read(len(self.MAGIC))) != self.MAGIC:
+            raise _damage(0, f"found {found!r}, expected {self.MAGIC!r}")
+        held: list[Any] = []  # messages that a later unit may precede
         least = [*self._first_stamps(), math.inf]
         for i in range(len(least) - 2, -1, -1):
             least[i] = min(least[i], least[i + 1])  # of this unit and all later ones
+        self.start_ns = least[0]
+        wanted: dict[int, Connection] = {}
         for number, unit in enumerate(self._units(), 1):
+            if len(wanted) < len(self.connections):
+                wanted = {n: c for n, c in self.connections.items() if topics is None or c.topic in topics}
             for message in unit:
-                if topics is None or self.connections[message[2]].topic in topics:
-                    heapq.heappush(held, message)
-            while held and held[0][0] <= least[min(number, len(least) - 1)]:
-                stamp, _, connection, raw = heapq.heappop(held)
-                yield self.connections[connection], stamp, raw
+                if message[2] in wanted:
+                    bisect.insort(held, message)
+            ready = bisect.bisect_right(held, (least[min(number, len(least) - 1)], math.inf))
+            for stamp, _, connection, raw in held[:ready]:
+                yield wanted[connection], stamp, raw
+            del held[:ready]
 
     def _first_stamps(self) -> list[float]:
         """The least stamp of each unit; infinity for a unit without messages."""
@@ -101,7 +107,7 @@ class Storage:
 
     def _indexed(self, chunk: list[Stamped], index: list[tuple[int, int]], at: int) -> list[Stamped]:
         """A chunk that agrees with its (connection, stamp) index."""
-        if Counter(index) != Counter((message[2], message[0]) for message in chunk):
+        if sorted(index) != sorted((message[2], message[0]) for message in chunk):
             raise _damage(at, f"a chunk of {len(chunk)} messages before it, {len(index)} in its index, or other stamps")
         return chunk
 
@@ -145,6 +151,7 @@ class Mcap(Storage):
 
     MAGIC = b"\x89MCAP0\r\n"
     HEAD = struct.Struct("<BQ")  # type and length of a record
+    MESSAGE_HEAD = struct.Struct("<HIQQ")  # channel, number, receive and publish stamp
     HEADER, FOOTER, SCHEMA, CHANNEL, MESSAGE, CHUNK, MESSAGE_INDEX, CHUNK_INDEX = range(1, 9)
     ATTACHMENT, ATTACHMENT_INDEX, STATISTICS, METADATA, METADATA_INDEX, SUMMARY_OFFSET, DATA_END = range(9, 16)
     IN_DATA = (HEADER, ATTACHMENT, METADATA)  # not needed to read messages
@@ -169,13 +176,11 @@ class Mcap(Storage):
         return stamps
 
     def _units(self) -> Iterator[list[Stamped]]:
-        self.file.seek(0)
-        if self.file.read(len(self.MAGIC)) != self.MAGIC:
-            raise _damage(0, "no MCAP file begins like this")
+        self.file.seek(len(self.MAGIC))
         data_crc, summary_crc, in_summary, last, chunks = crc32(self.MAGIC), 0, False, 0, 0
         chunk: list[Stamped] | None = None  # the last one, until its indexes have been read
         index: list[tuple[int, int]] = []
-        for at, kind, body in self._records(self.file, len(self.MAGIC), self.end - len(self.MAGIC)):
+        for at, kind, body in self._records():
             if chunk is not None and kind != self.MESSAGE_INDEX:
                 yield self._indexed(chunk, index, at) if index else chunk
                 chunk, index = None, []
@@ -210,20 +215,21 @@ class Mcap(Storage):
                 data_crc = crc32(body, crc32(head, data_crc))
             in_summary, last = in_summary or kind == self.DATA_END, kind
         if last != self.FOOTER or self.file.read() != self.MAGIC:
-            raise _damage(self.end, "no MCAP file ends like this")
+            raise _damage(self.end, "no footer at the end")
         if self.sums["CRC of the data"]:
             del self.sums[NO_SUM]
         elif self.counts and not chunks:
             self.sums[NO_SUM] += 1
 
-    def _records(self, file: BinaryIO, at: int, end: int) -> Iterator[tuple[int, int, bytes]]:
-        """(byte, type, body) of each record of the file, or of an unpacked chunk."""
+    def _records(self) -> Iterator[tuple[int, int, bytes]]:
+        """(byte, type, body) of each record of the file."""
+        at, end = len(self.MAGIC), self.end - len(self.MAGIC)
         while at < end:
-            head = file.read(self.HEAD.size)
+            head = self.file.read(self.HEAD.size)
             kind, length = self.HEAD.unpack(head) if len(head) == self.HEAD.size else (0, 0)
             if kind == 0 or at + self.HEAD.size + length > end:
                 raise _damage(at, f"a record of type {kind} and {length} bytes; {end - at - self.HEAD.size} are left")
-            yield at, kind, file.read(length)
+            yield at, kind, self.file.read(length)
             at += self.HEAD.size + length
 
     def _check_crc(self, name: str, written: int, computed: int, at: int) -> None:
@@ -241,15 +247,21 @@ class Mcap(Storage):
         if not crc:
             self.sums[_sum_of(packing, packed)] += 1
         self._check_crc("CRC of each chunk", crc, crc32(raw) if crc else 0, at)
-        messages = []
-        for offset, kind, record in self._records(io.BytesIO(raw), 0, size):
+        messages, offset = [], 0
+        while offset < size:
+            begin = offset + self.HEAD.size
+            kind, length = self.HEAD.unpack_from(raw, offset) if begin <= size else (0, 0)
+            end = begin + length
+            if kind == 0 or end > size or (kind == self.MESSAGE and length < self.MESSAGE_HEAD.size):
+                raise _damage(at, f"a chunk with a record of type {kind} and {length} bytes; {size - begin} are left")
             if kind == self.MESSAGE:
-                channel, _, stamp, _ = _numbers("<HIQQ", record, at)
-                messages.append(self._message(stamp, at + offset, channel, record[22:], at))
+                channel, _, stamp, _ = self.MESSAGE_HEAD.unpack_from(raw, begin)
+                messages.append(self._message(stamp, at + offset, channel, raw[begin + 22 : end], at))
             elif kind in (self.SCHEMA, self.CHANNEL):
-                self._add_definition(kind, record, at)
+                self._add_definition(kind, raw[begin:end], at)
             elif kind < self.PRIVATE:
                 raise _damage(at, f"a chunk with a record of type {kind}")
+            offset = end
         stamps = [message[0] for message in messages]
         if stamps and (min(stamps), max(stamps)) != (first, last):
             raise _damage(at, f"a chunk with stamps {min(stamps)} to {max(stamps)} ns, declared {first} to {last}")
@@ -307,9 +319,6 @@ class Ros1(Storage):
         return stamps
 
     def _units(self) -> Iterator[list[Stamped]]:
-        self.file.seek(0)
-        if self.file.read(len(self.MAGIC)) != self.MAGIC:
-            raise _damage(0, "no ROS 1 bag of version 2.0 begins like this")
         declared, chunks, connections, index_at, last = (0, 0, 0), 0, 0, 0, 0
         chunk: list[Stamped] | None = None  # the last one, until its indexes have been read
         index: list[tuple[int, int]] = []
@@ -398,16 +407,17 @@ def _fields(header: bytes, at: int) -> dict[str, bytes]:
 
 
 def _field(fields: dict[str, bytes], name: str, size: int, at: int) -> int:
-    value = fields.get(name, b"")
-    if len(value) != size:
-        raise _damage(at, f"a record with {len(value)} bytes of {name}, expected {size}")
-    return int.from_bytes(value, "little")
+    if len(fields.get(name, b"")) != size:
+        raise _damage(at, f"a record whose {name} is {fields.get(name)!r}, expected {size} bytes")
+    return int.from_bytes(fields[name], "little")
 
 
 class Sqlite(Storage):
     """A rosbag2 SQLite database, checked by SQLite itself, https://sqlite.org/pragma.html#pragma_integrity_check."""
 
-    STRAYS = "topic_id NOT IN (SELECT id FROM topics) OR typeof(data) != 'blob' OR typeof(timestamp) != 'integer'"
+    MAGIC = b"SQLite format 3\0"
+    STRAYS = """SELECT (SELECT count(*) FROM topics WHERE typeof(name) || typeof(type) != 'texttext') + count(*) FROM messages
+        WHERE topic_id NOT IN (SELECT id FROM topics) OR typeof(data) || typeof(timestamp) || typeof(id) != 'blobintegerinteger'"""
 
     def _first_stamps(self) -> list[float]:
         definitions: dict[str, tuple[str, str]] = {}
@@ -422,9 +432,9 @@ class Sqlite(Storage):
         ((pages, size),) = self._rows("SELECT page_count, page_size FROM pragma_page_count, pragma_page_size")
         if self.end < pages * size or self.end % size:  # SQLite reads the missing part of a page as zeros
             raise Unreadable(f"damaged: {self.end} bytes, expected {pages} pages of {size}")
-        ((strays,),) = self._rows(f"SELECT count(*) FROM messages WHERE {self.STRAYS}")
+        ((strays,),) = self._rows(self.STRAYS)
         if strays:
-            raise Unreadable(f"damaged: {strays} messages without a topic, a stamp or data")
+            raise Unreadable(f"damaged: {strays} messages without topic, stamp or data, or topics without name or type")
         return [stamp for (stamp,) in self._rows("SELECT timestamp FROM messages NOT INDEXED ORDER BY id")]
 
     def _units(self) -> Iterator[list[Stamped]]:

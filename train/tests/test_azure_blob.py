@@ -19,7 +19,8 @@ from azurite import ACCOUNT, Azurite
 from test_train import run, tiny
 from writing import episode, write
 
-from config import BlobUrl, load
+from blob_url import BlobUrl
+from config import load
 from dataset.cache import load_dataset
 from faults import AGAIN, Fault
 from recordings import azure_blob
@@ -135,7 +136,7 @@ KILLED = """
 import json, os, random, signal, time
 from pathlib import Path
 import azure.identity, azure.storage.blob
-from config import BlobUrl
+from blob_url import BlobUrl
 from recordings import azure_blob
 url, cache = BlobUrl(sys.argv[1]), Path(sys.argv[2])
 def held():
@@ -186,7 +187,7 @@ TWO = """
 import os
 from pathlib import Path
 import azure.identity, azure.storage.blob
-from config import BlobUrl
+from blob_url import BlobUrl
 from recordings import azure_blob
 children = []
 for _ in range(2):
@@ -281,7 +282,7 @@ FULL = """
 import resource
 from pathlib import Path
 import faults
-from config import BlobUrl
+from blob_url import BlobUrl
 from recordings import azure_blob
 resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
 with faults.exit_with_message():

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 import config
-from config import BlobUrl, load
+from blob_url import BlobUrl
+from config import load
 from faults import Fault
 
 

@@ -92,10 +92,7 @@ def test_a_gap_splits_the_episode(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("change", "words"),
-    [
-        ("short", ["one", "at least two ticks", "20 Hz"]),
-        ("apart", ["share no time", CAMERA, "t+5."]),
-    ],
+    [("short", ["one", "at least two ticks", "20 Hz"]), ("apart", ["share no time", CAMERA, "t+5."])],
 )
 def test_recordings_without_an_episode(tmp_path: Path, change: str, words: list[str]) -> None:
     messages = (

@@ -68,7 +68,7 @@ def test_the_page_in_a_browser(shown: str, width: int, tmp_path: Path) -> None:
         COMMAND,
         CAMERA,
         "half/metadata.yaml: cannot read",
-        "cut.mcap: damaged",
+        "cut.mcap: damaged at byte",
         "silent_camera: usable",
         "no_command: cannot be trained on",
         "/command: no such topic",

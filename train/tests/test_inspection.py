@@ -11,21 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from writing import (
-    CAMERA,
-    COMMAND,
-    MS,
-    START,
-    STATE,
-    Timed,
-    episode,
-    image,
-    joint_state,
-    jpeg,
-    make,
-    picture,
-    write,
-)
+from writing import CAMERA, COMMAND, MS, START, STATE, Timed, episode, image, joint_state, jpeg, make, picture, write
 
 import inspect_bags
 from config import Config, load

@@ -238,11 +238,7 @@ def test_what_osmo_refuses(
             1,
             ["/nowhere", "a_", "-1", "'a b'"],
         ),
-        (
-            ["training.stps=1", "data.cameras={{a: /b}: c}"],
-            1,
-            ["did you mean training.steps", "would expand this"],
-        ),
+        (["training.stps=1", "data.cameras={{a: /b}: c}"], 1, ["did you mean training.steps", "would expand this"]),
         (["data={bag_dir: /x}"], 1, ["data.bag_dir", "--rosbags"]),
         (["training.init_from=outputs/mine"], 1, ["training.init_from: /", "outputs/mine: is not in the pod"]),
         (["--rosbags", "s3://a/b", "--dataset", "cups"], 2, ["--dataset: not allowed with argument --rosbags"]),

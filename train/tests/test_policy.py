@@ -264,7 +264,7 @@ def test_training_starts_from_a_policys_weights(trained_once: Path, tmp_path: Pa
     moved = max((before[key] - after[key]).abs().max() for key in before)
     assert 0 < moved < 1e-3, "five steps of 1e-5 away"
     card = (tmp_path / "run/checkpoint_000005/pretrained_model/README.md").read_text()
-    assert f"started from the weights of `{trained_once}`" in card
+    assert f"starting from the weights of `{trained_once}`" in card
     again = run("--config", path, "data.fps=10", "training.steps=6", "training.init_from=/gone").stdout
     assert "resuming from" in again and "starting from" not in again
 
@@ -287,7 +287,7 @@ def test_the_model_card_names_the_training_data(trained_once: Path) -> None:
     for words in (
         "12 steps on 2 recordings, 2 episodes, 2 s",
         "Held out: 1 recordings, 1 episodes, 1 s; mean L1 in standard deviations: ",
-        "| state | 3: `a`, `b`, `c` |",
+        "| state | a, b, c |",
         "| picture `color` | `/camera`, recorded at 64x48, seen at 48x32",
         "**absolute** targets",
         "from_pretrained(",

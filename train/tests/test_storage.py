@@ -195,10 +195,7 @@ WRONG: dict[str, tuple[Callable[[list[Timed], bool], list[Timed]], list[str]]] =
     "nan": (joints(at_20(np.nan)), [STATE, "b is nan", "t+0.200 s", "1 such messages"]),
     "beyond 32 bits": (joints(at_20(1e300)), [STATE, "b is 1e+300", "float32 numbers"]),
     "infinite": (joints(at_20(-np.inf)), [STATE, "b is -inf", "t+0.200 s"]),
-    "a jump": (
-        joints(at_20(2.0)),
-        [STATE, "b jumps from 0.38 to 2 in 10.0 ms", "message 20, t+0.200 s", "and back"],
-    ),
+    "a jump": (joints(at_20(2.0)), [STATE, "b jumps from 0.38 to 2 in 10.0 ms", "message 20, t+0.200 s", "and back"]),
     "fewer positions than names": (changed(STATE, short), [STATE, "2 values for 3 joint names"]),
     "another type": (
         changed(CAMERA, lambda *_: ("std_msgs/msg/Bool", make("std_msgs/msg/Bool", data=True))),

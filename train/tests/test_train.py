@@ -303,7 +303,7 @@ def test_exit_code_3_after_skipped_recordings(tmp_path: Path) -> None:
     path = tiny(recorded(tmp_path), "training.steps=2")
     next((tmp_path / "bags/episode_1").glob("*.mcap")).write_bytes(b"x")
     failed = run("--config", path, check=False)
-    assert failed.returncode == 1 and "no MCAP file begins like this" in failed.stderr
+    assert failed.returncode == 1 and "damaged at byte 0" in failed.stderr
     done = run("--config", path, "data.on_bad_bag=skip", check=False)
     assert done.returncode == 3 and "data.on_bad_bag=skip: skipped 1 recordings" in done.stdout
     assert "episode_1.mcap: damaged" in done.stdout and "policy: " in done.stdout
