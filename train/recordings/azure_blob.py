@@ -209,6 +209,7 @@ def _client(url: BlobUrl) -> Iterator[tuple[Any, str]]:
     """A ContainerClient with the environment's credential, and the name of the variable that holds it, if any."""
     try:
         from azure.core.credentials import AzureNamedKeyCredential, AzureSasCredential
+        from azure.core.exceptions import ClientAuthenticationError
         from azure.identity import DefaultAzureCredential
         from azure.storage.blob import ContainerClient, ExponentialRetry
     except ImportError:
@@ -219,8 +220,9 @@ def _client(url: BlobUrl) -> Iterator[tuple[Any, str]]:
 
     class Retry(ExponentialRetry):
         def increment(self, settings: Any, request: Any, response: Any = None, error: Any = None) -> bool:
-            """Whether to try again: not if the account's name is wrong."""
-            return not UNRESOLVED.search(str(error)) and super().increment(settings, request, response, error)
+            """Whether to try again: not without a credential, or with a wrong account name."""
+            lasting = isinstance(error, ClientAuthenticationError) or UNRESOLVED.search(str(error))
+            return not lasting and super().increment(settings, request, response, error)
 
     retry: Any = Retry(random_jitter_range=0, **RETRIES)  # type: ignore[arg-type]
     options: dict[str, Any] = {"retry_policy": retry, "read_timeout": 30, "max_single_get_size": PIECE}
