@@ -15,7 +15,7 @@ from faults import Fault
 from page import UNIT
 from policy.pretrained import Pretrained
 
-SAMPLES = 1024  # spread evenly over the ticks
+SAMPLES = 512  # spread evenly over the ticks
 BATCH = 32
 METHODS = {
     "policy": "policy",

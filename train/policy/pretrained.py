@@ -70,7 +70,7 @@ class Pretrained(NamedTuple):
             )
         device = self.normalizer.state.mean.device
         pixels = None if images is None else images.to(device)
-        with _fast_fp32(device):
+        with _fp32(device):
             output = self.model(self.normalizer.state.normalize(state.to(device)), self.normalizer.images(pixels))
         chunk = self.normalizer.action.unnormalize(output.actions).cpu()
         if not chunk.isfinite().all():
@@ -91,13 +91,16 @@ def matmul_precision(device: torch.device) -> str:
 
 
 @contextmanager
-def _fast_fp32(device: torch.device) -> Iterator[None]:
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(matmul_precision(device) if device.type == "cpu" else before)
+def _fp32(device: torch.device) -> Iterator[None]:
+    """True fp32: on a GPU, TF32 moved actions by 0.01 rad."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision(matmul_precision(device) if device.type == "cpu" else "highest")
+    torch.backends.cudnn.allow_tf32 = False
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
 
 
 def load(path: Path, device: str | None = None) -> Pretrained:
