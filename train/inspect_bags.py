@@ -45,9 +45,11 @@ HEAD = (
 def table(one: Inspection, config: Config | None) -> str:
     """A recording, at most 100 columns wide."""
     files = f"{len(one.files)} files" if len(one.files) > 1 else next(iter(one.files)).rsplit("/", 1)[-1]
-    started = datetime.fromtimestamp(one.start_ns // SECOND, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+    started = datetime.fromtimestamp(one.start_ns // SECOND, UTC).strftime("; %Y-%m-%d %H:%M:%S UTC") * (
+        not one.is_empty
+    )
     size = sum(one.files.values()) / 1e6
-    lines = [one.name, f"{files}; {size:.1f} MB; {one.seconds:.1f} s; {started}; checksums: {one.checksums}"]
+    lines = [one.name, f"{files}; {size:.1f} MB; {one.seconds:.1f} s{started}; checksums: {one.checksums}"]
     shown = [topic for topic in one.topics.values() if topic.read or topic.declared]
     lines += _columns([*HEAD, *map(_row, shown)]) if shown else []
     if silent := [topic.name for topic in one.topics.values() if topic not in shown]:

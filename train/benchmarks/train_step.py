@@ -1,7 +1,8 @@
 """One training step, ours against LeRobot's, in turn on the same batch: run it in a LeRobot environment's Python.
 
-python benchmarks/train_step.py            all sizes, ten rounds each
-python benchmarks/train_step.py 20         twenty rounds
+python benchmarks/train_step.py                        all sizes, ten rounds each
+python benchmarks/train_step.py --rounds 20 --batch 32
+python benchmarks/train_step.py --alone                ours only, in any Python with torch
 
 Ours is train.py's training_step, from uint8 images on. LeRobot's is ACTPolicy.forward, backward, clipping and its own
 optimizer; its images are normalized floats, prepared in advance. Each time is the best of its rounds, because a shared
@@ -10,6 +11,7 @@ machine only adds to a time; the ratio is to LeRobot in fp32, its default.
 
 from __future__ import annotations
 
+import argparse
 import sys
 import time
 from collections.abc import Callable
@@ -19,8 +21,6 @@ from typing import Any, cast
 import torch
 
 sys.path.extend(str(Path(__file__).parents[1] / folder) for folder in ("", "tests"))
-from lerobot_side import ACTConfig, ACTPolicy, FeatureType, PolicyFeature
-
 import train
 from act_model import ACT
 from config import Config, Model, Training
@@ -30,38 +30,44 @@ from policy.pretrained import matmul_precision
 from training.run import Run
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-BATCH, STATE, ACTION = 8, 14, 14
+STATE, ACTION = 14, 14
 SIZES = [(1, 224, 224), (2, 240, 320), (1, 480, 640)]  # cameras, height, width
 Step = Callable[[bool], None]  # in bf16 or not
 
 
 def main() -> None:
-    rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 10
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--alone", action="store_true", help="without LeRobot")
+    options = parser.parse_args()
     torch.set_num_threads(2)
-    print(f"torch {torch.__version__}, {DEVICE}, batch {BATCH}, best of {rounds} rounds\n")
-    print(f"{'images':>12} {'precision':>10} {'LeRobot ms':>11} {'ours ms':>8} {'ratio':>6}")
+    device = torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu"
+    print(f"torch {torch.__version__}, {device}, batch {options.batch}, best of {options.rounds} rounds, ms\n")
+    print(f"{'images':>12} {'precision':>10} {'LeRobot':>8} {'ours':>8} {'ratio':>6}")
     for cameras, height, width in SIZES:
         torch.manual_seed(0)
+        size, chunk = options.batch, Model().chunk_size
         batch = {
-            "images": torch.randint(256, (BATCH, cameras, height, width, 3), dtype=torch.uint8, device=DEVICE),
-            "state": torch.randn(BATCH, STATE, device=DEVICE),
-            "action": torch.randn(BATCH, Model().chunk_size, ACTION, device=DEVICE),
-            "action_is_pad": torch.zeros(BATCH, Model().chunk_size, dtype=torch.bool, device=DEVICE),
+            "images": torch.randint(256, (size, cameras, height, width, 3), dtype=torch.uint8, device=DEVICE),
+            "state": torch.randn(size, STATE, device=DEVICE),
+            "action": torch.randn(size, chunk, ACTION, device=DEVICE),
+            "action_is_pad": torch.zeros(size, chunk, dtype=torch.bool, device=DEVICE),
         }
-        ours, theirs = our_step(batch), lerobot_step(batch)
-        best: dict[tuple[Step, bool], float] = {}
-        for _ in range(rounds):
+        ours, theirs = our_step(batch), None if options.alone else lerobot_step(batch)
+        best: dict[tuple[Step | None, bool], float] = {}
+        for _ in range(options.rounds):
             for bf16 in (False, True):
                 for step in (theirs, ours):
-                    precision = matmul_precision(torch.device(DEVICE)) if step is ours else "highest"
-                    torch.set_float32_matmul_precision(precision)
-                    best[step, bf16] = min(best.get((step, bf16), float("inf")), seconds(step, bf16))
+                    if step:
+                        precision = matmul_precision(torch.device(DEVICE)) if step is ours else "highest"
+                        torch.set_float32_matmul_precision(precision)
+                        best[step, bf16] = min(best.get((step, bf16), float("inf")), seconds(step, bf16) * 1e3)
         for bf16 in (False, True):
-            print(
-                f"{f'{cameras} x {height}x{width}':>12} {'bf16' if bf16 else 'fp32':>10} {best[theirs, bf16] * 1e3:11.0f} "
-                f"{best[ours, bf16] * 1e3:8.0f} {best[theirs, False] / best[ours, bf16]:6.2f}",
-                flush=True,
-            )
+            compared = "" if not theirs else f"{best[theirs, bf16]:.0f}"
+            ratio = "" if not theirs else f"{best[theirs, False] / best[ours, bf16]:.2f}"
+            name, precision = f"{cameras} x {height}x{width}", "bf16" if bf16 else "fp32"
+            print(f"{name:>12} {precision:>10} {compared:>8} {best[ours, bf16]:8.1f} {ratio:>6}", flush=True)
 
 
 def our_step(batch: dict[str, torch.Tensor]) -> Step:
@@ -86,6 +92,8 @@ def our_step(batch: dict[str, torch.Tensor]) -> Step:
 
 def lerobot_step(batch: dict[str, torch.Tensor]) -> Step:
     """LeRobot's step, on normalized float images."""
+    from lerobot_side import ACTConfig, ACTPolicy, FeatureType, PolicyFeature
+
     images = normalizer_of(batch).images(batch["images"])
     assert images is not None
     cameras = {f"observation.images.{i}": image.contiguous() for i, image in enumerate(images.unbind(1))}

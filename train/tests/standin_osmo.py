@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""A stand-in for the `osmo` command, for a server cannot be had: each answer is what releases 6.3.1 and 6.4 gave.
+"""A stand-in for the `osmo` command, because there is no server: each answer is what releases 6.3.1 and 6.4 gave.
 
 Its world is the folder $OSMO_STANDIN: calls.jsonl (every call), storage/ACCOUNT/CONTAINER/..., workflows.json, and
 answers.json: {"workflow submit": [exit code, what it prints]} in place of the answers below.

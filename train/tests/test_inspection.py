@@ -269,7 +269,7 @@ def test_pictures_that_no_camera_should_give(tmp_path: Path) -> None:
     (fault,) = inspected(tmp_path / "fault", joints + changing, config).faults
     assert "pictures of 64x48 and 64x64" in fault, "training would refuse it"
     depth = [(CAMERA, "sensor_msgs/msg/Image", t, image(t, picture(i)[..., 1:], "16UC1")) for i, t in enumerate(stamps)]
-    assert inspected(tmp_path / "depth", depth).verdict == GOOD, "of no use as a camera, but nobody asked"
+    assert inspected(tmp_path / "depth", depth).verdict == GOOD, "no camera, but not wanted either"
     config = configured(tmp_path / "asked", "data.action.from=next_state")
     assert "depth or 16-bit" in inspected(tmp_path / "asked", joints + depth, config).faults[0]
     half = [(CAMERA, JPEG, t, jpeg(t, picture(i))) for i, t in enumerate(stamps)]
