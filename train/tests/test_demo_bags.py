@@ -65,7 +65,7 @@ def test_a_folder_that_holds_something_else_is_refused_in_one_line(tmp_path: Pat
     with pytest.raises(Fault, match=r"has episode_000; expected only 1 demo bags of seed 6; use an empty folder"):
         demo_bags.record(tmp_path, episodes=1, seed=6)
     (tmp_path / "notes.txt").touch()
-    with pytest.raises(Fault, match=r"holds notes.txt; expected only 9 demo bags of seed 5; empty"):
+    with pytest.raises(Fault, match=r"has notes.txt; expected only 9 demo bags of seed 5; use an empty folder"):
         demo_bags.record(tmp_path, episodes=9, seed=5)
 
 
