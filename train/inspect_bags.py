@@ -111,6 +111,7 @@ def _details(topic: Topic) -> Iterator[str]:
         yield f"{topic.name + ': joint':46}{'least':>12}{'greatest':>12}{'fastest, per s':>22}"
     for joint in topic.joints:
         fastest = f"{joint.fastest:.3f} at {joint.fastest_at_s:.1f} s"
+        fastest = f"{joint.not_finite} not finite" if joint.not_finite else fastest
         yield f"  {joint.name:44}{joint.least:>12.4f}{joint.greatest:>12.4f}{fastest:>22}"
 
 

@@ -136,9 +136,9 @@ def _curves(one: Inspection, config: Config) -> Iterator[str]:
 def _recorded(one: Inspection, signals: Sequence[Signal]) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
     """(name, seconds, values) of each number of some signals."""
     for signal in signals:
-        series = (one.series or {})[signal.topic]
-        for k, name in enumerate(series.names[signal]):
-            yield name, (series.stamps - one.start_ns) / SECOND, series.values[signal][:, k]
+        series = (one.series or {})[signal]
+        for k, name in enumerate(series.names):
+            yield name, (series.stamps - one.start_ns) / SECOND, series.rows[:, k]
 
 
 def thinned(seconds: np.ndarray, values: np.ndarray, total: float) -> tuple[list[float], list[float]]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import math
 import struct
 from array import array
 from collections import Counter
@@ -18,7 +19,8 @@ from PIL import Image
 
 from faults import Fault
 from recordings.bags import Message, plain
-from recordings.images import CHANNELS, DEPTH, is_truncated, no_picture, resize, to_rgb
+from recordings.images import CHANNELS, is_depth, is_truncated, no_picture, resize, to_rgb
+from recordings.plausibility import period_ns
 from recordings.signals import IMAGES, JOINT_STATE, choose_clock
 
 STAMP_END = 12  # of a message with a header: 4 bytes of CDR or ROS 1, then the stamp
@@ -57,6 +59,7 @@ class Joint(NamedTuple):
     greatest: float
     fastest: float
     fastest_at_s: float
+    not_finite: int  # messages
 
 
 class Picture(NamedTuple):
@@ -67,12 +70,13 @@ class Picture(NamedTuple):
 
 
 class Pictures(NamedTuple):
-    """The pictures of a topic; the last three fields are empty where pictures are not wanted."""
+    """The pictures of a topic; those from looked_at on are empty where they are not wanted."""
 
     kinds: dict[str, int]  # "640x480 rgb8" or "640x480 jpeg": count
     frozen: tuple[int, ...]  # numbers of the messages whose picture equals the one before, byte for byte
     looked_at: int  # decoded, to find black ones
     black: int
+    unusable: str  # why its first picture cannot be trained on; empty if it can
     shown: tuple[Picture, ...]  # the first, one near the middle, the last
 
 
@@ -93,6 +97,7 @@ class Topic(NamedTuple):
     header_minus_receive_ms: Spread | None
     in_order: bool | None  # whether header stamps never decrease
     joints: tuple[Joint, ...]
+    publishers: tuple[tuple[str, ...], ...]  # the different joints that its messages name, a tuple each
     pictures: Pictures | None
 
 
@@ -107,6 +112,7 @@ class Measure:
         self.stamp_form: dict[str, str] = {}  # type: how its header's stamp is packed; "" without a header
         self.joints: dict[tuple[str, ...], tuple[array[float], array[int]]] = {}  # names: positions, stamps
         self.pictures = _Pictures(pictures, is_camera, declared)
+        self.stamps, self.clock = np.zeros(0, np.int64), "receive (no messages)"
 
     def add(self, message: Message) -> None:
         """Count a message and measure it. Raises Fault if a message of joints or pictures does not decode."""
@@ -126,7 +132,10 @@ class Measure:
         if message.msgtype in IMAGES:
             self.pictures.add(content, raw, message)
             return
-        names = tuple(content.name) or tuple(f"position[{i}]" for i in range(len(content.position)))
+        names = tuple(content.name) or ("",) * len(content.position)
+        if "" in names or len(set(names)) < len(names):
+            unclear = {name for name in names if not name or names.count(name) > 1}
+            names = tuple(f"position[{i}]" if name in unclear else name for i, name in enumerate(names))
         if len(names) == len(content.position):  # not so in a command of velocities
             rows, stamps = self.joints.setdefault(names, (array("d"), array("q")))
             rows.frombytes(content.position.astype(np.float64).tobytes())
@@ -145,12 +154,28 @@ class Measure:
         seconds, nanoseconds = struct.unpack_from(form, raw, 4) if form and len(raw) >= STAMP_END else (0, 0)
         return int(seconds * SECOND + nanoseconds)
 
-    def topic(self, start_ns: int) -> Topic:
-        """The measured topic; seconds count from start_ns."""
+    def check(self) -> None:
+        """Choose the clock, and decode the last picture. Raises Fault with what is wrong."""
+        faults: list[str] = []
         receive, header = np.array(self.receive, np.int64), np.array(self.header, np.int64)
-        stamps, clock = choose_clock(receive, header) if len(receive) else (receive, "receive (no messages)")
+        try:
+            if len(receive):
+                self.stamps, self.clock = choose_clock(receive, header)
+        except Fault as fault:
+            faults = [*fault.args]
+            self.stamps, self.clock = receive, "receive (no clock can be trusted)"
+        try:
+            self.pictures.finish()
+        except Fault as fault:
+            faults += fault.at("last message").args
+        if faults:
+            raise Fault(*faults)
+
+    def topic(self, start_ns: int) -> Topic:
+        """The measured topic, after check(); seconds count from start_ns."""
+        stamps, receive, header = self.stamps, np.array(self.receive, np.int64), np.array(self.header, np.int64)
         pauses, stamped = np.diff(stamps), header != 0
-        usual = float(np.median(pauses)) if len(pauses) else 0.0
+        usual = period_ns(stamps)
         gaps = [
             Gap((int(at) - start_ns) / SECOND, float(pause) / SECOND) for at, pause in zip(stamps, pauses, strict=False)
         ]
@@ -160,7 +185,7 @@ class Measure:
             len(receive),
             self.declared,
             stamps,
-            clock,
+            self.clock,
             self.not_understood,
             rate_hz=SECOND / usual if usual else None,
             slowest_second_hz=_slowest_second(stamps),
@@ -169,6 +194,7 @@ class Measure:
             header_minus_receive_ms=Spread.of(header[stamped] - receive[stamped]) if stamped.any() else None,
             in_order=bool(np.all(np.diff(header[stamped]) >= 0)) if stamped.any() else None,
             joints=tuple(self._joints(start_ns)),
+            publishers=tuple({frozenset(names): names for names in reversed(self.joints) if names}.values())[::-1],
             pictures=self.pictures.measured(start_ns) if self.pictures.kinds else None,
         )
 
@@ -182,17 +208,20 @@ class Measure:
             columns = [(rows[:, names.index(joint)], stamps) for names, rows, stamps in tables if joint in names]
             position, at = (np.concatenate(parts) for parts in zip(*columns, strict=True))
             order = np.argsort(at, kind="stable")
-            position, at = position[order][np.isfinite(position[order])], at[order][np.isfinite(position[order])]
+            finite = np.isfinite(position[order])
+            position, at = position[order][finite], at[order][finite]
             if not len(position):
+                joints.append(Joint(joint, math.nan, math.nan, math.nan, math.nan, len(finite)))
                 continue
             elapsed = np.diff(at)
             with np.errstate(over="ignore"):  # damaged numbers
                 # a busy machine delivers in bursts what was measured a period apart
-                period = np.maximum(elapsed, max(1.0, float(np.median(elapsed)))) if len(elapsed) else elapsed
+                period = np.maximum(elapsed, max(1.0, period_ns(at)))
                 speed = np.append(0.0, np.abs(np.diff(position)) / period * SECOND)
             most, seconds = int(speed.argmax()), (at - start_ns) / SECOND
             span = float(position.min()), float(position.max())
-            joints.append(Joint(joint, *span, float(speed[most]), float(seconds[most])))
+            unknown = int(np.count_nonzero(~finite))
+            joints.append(Joint(joint, *span, float(speed[most]), float(seconds[most]), unknown))
         return joints
 
 
@@ -204,6 +233,7 @@ class _Pictures:
         self.kinds: Counter[str] = Counter()
         self.frozen = array("q")
         self.last = b""
+        self.unusable = ""
         self.bytes = self.looked_at = self.black = 0
         self.kept: list[Picture] = []  # the first, and at least one near the middle; at_s in ns
         self.end: tuple[int, Any] | None = None  # the last picture, not decoded
@@ -217,8 +247,13 @@ class _Pictures:
         if len(raw) == len(self.last) and raw[end:] == self.last[end:] and raw[STAMP_END:] == self.last[STAMP_END:]:
             self.frozen.append(number)
         self.last = raw
-        if self.is_camera and number == 0:
-            to_rgb(content)  # raises the fault of what no camera sends
+        if number == 0:
+            try:
+                to_rgb(content)
+            except Fault as fault:  # of what no camera sends
+                self.unusable = str(fault)
+                if self.is_camera:
+                    raise
         if not is_color or not self.decoded:
             return
         doubling = 1 << max(0, number.bit_length() - 5)  # without a metadata.yaml the total is unknown
@@ -234,23 +269,26 @@ class _Pictures:
             self.kept.append(Picture(message.receive_ns, _small(to_rgb(content))))
         self.end = message.receive_ns, content
 
+    def finish(self) -> None:
+        """Keep the last picture. Raises Fault if it does not decode."""
+        if self.end and self.end[0] > (self.kept[-1].at_s if self.kept else -1):
+            self.kept.append(Picture(self.end[0], _small(to_rgb(self.end[1]))))
+
     def measured(self, start_ns: int) -> Pictures:
         pictures = [*self.kept]
-        if self.end and self.end[0] > (pictures[-1].at_s if pictures else -1):
-            pictures.append(Picture(self.end[0], _small(to_rgb(self.end[1]))))
         if len(pictures) > 2:
             middle = (pictures[0].at_s + pictures[-1].at_s) / 2
             pictures[1:-1] = [min(pictures[1:-1], key=lambda picture: abs(picture.at_s - middle))]
         shown = tuple(Picture((picture.at_s - start_ns) / SECOND, picture.pixels) for picture in pictures)
-        return Pictures(dict(self.kinds), tuple(self.frozen), self.looked_at, self.black, shown)
+        return Pictures(dict(self.kinds), tuple(self.frozen), self.looked_at, self.black, self.unusable, shown)
 
 
 def _kind(content: Any) -> tuple[str, bool]:
     """(size and encoding of a picture, whether it is color or grey), without decoding it. Raises Fault."""
     if hasattr(content, "encoding"):
         return f"{content.width}x{content.height} {content.encoding}", content.encoding in CHANNELS
-    if any(depth in content.format for depth in DEPTH):
-        return content.format, False
+    if is_depth(content):
+        return f"{content.format} of more than 8 bits", False
     try:
         with Image.open(io.BytesIO(content.data)) as picture:
             kind = f"{picture.width}x{picture.height} {(picture.format or '').lower()}"

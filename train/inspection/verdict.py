@@ -20,7 +20,7 @@ from recordings import plausibility
 from recordings.bags import Bag, Message, decoder, full_name, miscounted, opened
 from recordings.episodes import Recording, cut
 from recordings.plausibility import Lag
-from recordings.signals import Series, read_series
+from recordings.signals import Series, Source, read_series
 from recordings.storage import NO_SUM, Storage
 
 GOOD, USABLE, BAD = "good", "usable, read the warnings", "cannot be trained on"
@@ -50,7 +50,7 @@ class Inspection:
     lag: Lag | None = None  # of the state behind the command
     idle_s: tuple[float, float] | None = None  # before the first motion, and after the last
     recording: Recording | None = None  # its episodes, as training would use them
-    series: dict[str, Series] | None = None  # the configured topics, as recorded
+    series: dict[Source, Series] | None = None  # the configured signals and cameras, as recorded
     notes: list[str] = field(default_factory=list)  # clocks, splits and skipped data, in words
 
     @property
@@ -137,11 +137,10 @@ def inspect(bag: Bag, config: Config | None = None, pictures: bool = False) -> I
     topics = {}
     for name, measure in sorted(measures.items()):
         try:
-            topics[name] = measure.topic(start_ns or 0)
-        except Fault as fault:  # the last picture does not decode
-            report(name, fault.at(f"{name}: last message").args)
-            measure.pictures.end = None
-            topics[name] = measure.topic(start_ns or 0)
+            measure.check()
+        except Fault as fault:
+            report(name, fault.at(name).args)
+        topics[name] = measure.topic(start_ns or 0)
         if len(sums) == len(bag.files) and (miscount := miscounted(bag, name, topics[name].read)):
             report(name, [miscount])
     if start_ns is None and not faults:
@@ -189,10 +188,10 @@ def _as_training_would(bag: Bag, config: Config, inspection: Inspection) -> None
                 f"{topic}: pictures of {' and '.join(sorted(sizes))}; expected one size in a recording; remove it"
             )
     at = np.concatenate([episode.ticks for episode in recording.episodes])
-    newest = {topic: one.stamps[np.searchsorted(one.stamps, at, side="right") - 1] for topic, one in series.items()}
-    state = newest[data.state[0].topic]
+    newest = {source: one.stamps[np.searchsorted(one.stamps, at, side="right") - 1] for source, one in series.items()}
+    state = newest[data.state[0]]
     inspection.state_minus_image_ms = {name: Spread.of(state - newest[topic]) for name, topic in data.cameras.items()}
-    inspection.state_minus_command_ms = {s.topic: Spread.of(state - newest[s.topic]) for s in data.commands}
+    inspection.state_minus_command_ms = {s.topic: Spread.of(state - newest[s]) for s in data.commands}
     ticks = recording.ticks(data)
     inspection.lag = plausibility.lag(ticks, config)
     inspection.idle_s = plausibility.idle(ticks, data.fps)
@@ -201,7 +200,7 @@ def _as_training_would(bag: Bag, config: Config, inspection: Inspection) -> None
 
 def _topic_warnings(inspection: Inspection, config: Config | None) -> Iterator[str]:
     """Warnings that the stamps and pictures of the topics give."""
-    used = inspection.series or {}
+    used = {one.topic for one in (inspection.series or {}).values()}
     for name, topic in inspection.topics.items():
         gap, late = topic.largest_gap, topic.header_minus_receive_ms
         if config and name in used and gap and gap.seconds > SILENT_S:
@@ -240,10 +239,10 @@ def _picture_warnings(topic: Topic, pictures: Pictures, inspection: Inspection, 
         yield f"{topic.name}: pictures of several kinds: {kinds}; expected one in a recording"
 
 
-def _share_of_path(series: dict[str, Series], config: Config, stamps: np.ndarray, frozen: np.ndarray) -> float:
+def _share_of_path(series: dict[Source, Series], config: Config, stamps: np.ndarray, frozen: np.ndarray) -> float:
     """The share of the arm's path during the frozen pictures of a camera with stamps (M,)."""
     signal = config.data.state[0]
-    states, rows = series[signal.topic].stamps, series[signal.topic].values[signal]
+    states, rows = series[signal].stamps, series[signal].rows
     scale = np.maximum(np.ptp(rows, axis=0), 1e-3)
     at = rows[np.clip(np.searchsorted(states, stamps, side="right") - 1, 0, None)]
     steps = np.abs(np.diff(at, axis=0) / scale).sum(axis=1)

@@ -138,7 +138,7 @@ def _described_bag(metadata: Path, name: str) -> Bag:
 
 
 def read_messages(bag: Bag, topics: Collection[str]) -> Iterator[Message]:
-    """The messages of some topics of a bag, in receive order; every file is read to its end and checked.
+    """The messages of some topics of a bag, in file order; every file is read to its end and checked.
 
     Raises Fault if a file is damaged, a topic is missing, empty or of two types, or metadata.yaml declares another count.
     """

@@ -41,7 +41,8 @@ FRAME_HEADERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 AS_IT_IS = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
 # used for their bit; AS_IT_IS gives the color
 REDUCED = {8: cv2.IMREAD_REDUCED_GRAYSCALE_8, 4: cv2.IMREAD_REDUCED_GRAYSCALE_4, 2: cv2.IMREAD_REDUCED_GRAYSCALE_2}
-DEPTH = ("16UC1", "32FC1", "mono16", "compressedDepth")
+DEPTH = ("16UC1", "32FC1", "mono16", "compressedDepth", "rvl")
+PNG, BIT_DEPTH = b"\x89PNG\r\n\x1a\n", 24  # the byte of a PNG with its bits per channel
 
 
 def at_size(message: Any, size: tuple[int, int]) -> tuple[np.ndarray, tuple[int, int]]:
@@ -57,11 +58,12 @@ def at_size(message: Any, size: tuple[int, int]) -> tuple[np.ndarray, tuple[int,
 
 def to_rgb(message: Any, reduced: int = 1) -> np.ndarray:
     """The picture (H, W, 3) uint8 RGB of an Image or CompressedImage message; a JPEG reduced by 2, 4 or 8. Raises Fault."""
-    kind: str = getattr(message, "encoding", "") or getattr(message, "format", "")
-    if any(depth in kind for depth in DEPTH):
-        raise Fault(f"a depth or 16-bit picture ({kind}); expected color or 8-bit grey; give a color camera's topic")
+    if is_depth(message):
+        told = getattr(message, "encoding", "") or message.format
+        raise Fault(f"a depth or 16-bit picture ({told}); expected color or 8-bit grey; give a color camera's topic")
     if not hasattr(message, "encoding"):
-        return _decompress(message.data, kind, reduced)
+        return _decompress(message.data, message.format, reduced)
+    kind: str = message.encoding
     if kind not in CHANNELS:
         raise Fault(f"unknown encoding {kind!r}; expected one of {', '.join(CHANNELS)}")
     height, width, step, row = message.height, message.width, message.step, message.width * CHANNELS[kind]
@@ -76,6 +78,22 @@ def to_rgb(message: Any, reduced: int = 1) -> np.ndarray:
         return cv2.cvtColor(pixels, TO_RGB[kind]) if kind in TO_RGB else pixels
     except cv2.error as error:  # an odd width of an encoding that stores pairs of pixels
         raise Fault(f"cannot convert {width}x{height} {kind} ({error.err}); remove the recording") from None
+
+
+def is_depth(message: Any) -> bool:
+    """Whether a picture has more than 8 bits per channel, by its encoding or, compressed, by its bytes and not its `format`."""
+    if hasattr(message, "encoding"):
+        return message.encoding in DEPTH
+    begin = message.data[: BIT_DEPTH + 1].tobytes()
+    if begin.startswith(JPEG_BEGIN):
+        return False
+    if begin.startswith(PNG):
+        return len(begin) > BIT_DEPTH and begin[BIT_DEPTH] > 8
+    try:
+        pixels = cv2.imdecode(np.asarray(message.data), cv2.IMREAD_UNCHANGED)  # TIFF, EXR, PGM
+    except cv2.error:  # an empty buffer
+        pixels = None
+    return pixels.dtype != np.uint8 if pixels is not None else any(word in message.format for word in DEPTH)
 
 
 def _decompress(data: np.ndarray, kind: str, reduced: int) -> np.ndarray:

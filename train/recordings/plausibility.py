@@ -23,6 +23,9 @@ TWO_TURNS = 4 * np.pi  # rad
 MAX_JOINT_SPEED = 30.0  # rad/s: the fastest axes of industrial robots turn at 20
 SPIKE = 3  # messages, at most
 FULL_TURN_WITHIN = 0.1  # rad: a jump this close to 2 pi is a wrapped angle
+BUNCHED = 0.4  # share of pauses below a third of the mean, from which on messages come in bunches
+SILENT_NS = 1_000_000_000
+ECHO_NS = 150_000_000  # a command may equal a state so much older
 SWITCH = 16  # a joint of at most so many positions is a switch, such as a gripper that is open or closed
 
 
@@ -50,6 +53,49 @@ class Lag(NamedTuple):
     explained: float  # share of the state's motion that the command explains at this lag
 
 
+def period_ns(stamps: np.ndarray) -> float:
+    """The time between messages at stamps (M,) ns: the median pause, or the mean where they come in bunches."""
+    pauses = np.diff(stamps)
+    if not len(pauses):
+        return 0.0
+    mean = _mean_pause(pauses)
+    return mean if np.mean(pauses < mean / 3) > BUNCHED else float(np.median(pauses))
+
+
+def _mean_pause(pauses: np.ndarray) -> float:
+    """The mean without silences."""
+    return float(pauses[pauses <= max(SILENT_NS, 10 * np.median(pauses))].mean())
+
+
+def bunches(stamps: np.ndarray) -> str:
+    """Whether messages at stamps (M,) ns come in bunches, in words; empty if not."""
+    pauses = np.diff(stamps)
+    mean = _mean_pause(pauses) if len(pauses) >= 20 else 0.0
+    if not 0 < mean < SILENT_NS / 2 or np.mean(pauses < mean / 3) <= BUNCHED:
+        return ""
+    size = len(stamps) / (np.count_nonzero(pauses > mean) + 1)
+    every = f"about {size:.0f} every {size * mean / 1e6:.0f} ms, {1e9 / mean:.3g} per second"
+    return f"messages arrive in bunches, {every}: check the network and the recorder's load"
+
+
+def echo_age(sent_at: np.ndarray, commands: np.ndarray, seen_at: np.ndarray, states: np.ndarray) -> float | None:
+    """Seconds by which commands (N, K) at sent_at (N,) ns repeat states (M, K) at seen_at (M,); None if they do not."""
+    spread = np.ptp(states, axis=0)
+    moves = np.any(np.abs(np.diff(commands, axis=0, prepend=commands[:1])) > 1e-6 * np.maximum(spread, 1), axis=1)
+    if spread.max(initial=0.0) < STILL or moves.sum() < 10:
+        return None
+    newest = np.searchsorted(seen_at, sent_at[moves], side="right") - 1
+    ages = np.full(len(newest), np.nan)
+    for back in range(int(newest.max()) + 1):
+        at = np.maximum(newest - back, 0)
+        age = sent_at[moves] - seen_at[at]
+        if age.min() > ECHO_NS:
+            break
+        same = np.all(np.abs(commands[moves] - states[at]) <= 1e-6 * np.maximum(spread, 1), axis=1)
+        ages = np.where(np.isnan(ages) & same & (newest >= back), age, ages)
+    return float(np.nanmedian(ages)) / 1e9 if np.mean(~np.isnan(ages)) > 0.95 else None
+
+
 def jumps(stamps: np.ndarray, rows: np.ndarray, joints: tuple[str, ...]) -> tuple[list[str], list[str]]:
     """Where positions (M, K) at stamps (M,) ns jump as no arm can, in words: spikes that return, and lasting steps.
 
@@ -58,13 +104,12 @@ def jumps(stamps: np.ndarray, rows: np.ndarray, joints: tuple[str, ...]) -> tupl
     """
     spikes: list[str] = []
     steps: list[str] = []
-    if len(rows) < 3 or np.median(np.abs(rows), axis=0).max() > TWO_TURNS:
+    if len(rows) < 3:
         return spikes, steps
-    elapsed = np.diff(stamps)
     # a busy machine delivers in bursts what was measured a period apart
-    seconds = np.maximum(elapsed, max(1.0, float(np.median(elapsed)))) / 1e9
+    seconds = np.maximum(np.diff(stamps), max(1.0, period_ns(stamps))) / 1e9
     for column, name in zip(rows.T, joints, strict=True):
-        if len(np.unique(column)) <= SWITCH:
+        if np.median(np.abs(column)) > TWO_TURNS or len(np.unique(column)) <= SWITCH:
             continue
         with np.errstate(over="ignore", invalid="ignore"):  # damaged numbers
             size = np.abs(np.diff(column))
@@ -99,13 +144,6 @@ def _joints(ticks: Ticks) -> Iterator[str]:
 
 def _actions(ticks: Ticks, config: Config) -> Iterator[str]:
     chunk, fps = config.model.chunk_size, config.data.fps
-    if config.data.commands and ticks.target.shape == ticks.state.shape:
-        moved = np.ptp(ticks.state, axis=0)
-        same = np.all(np.abs(ticks.target - ticks.state) <= 1e-6 * np.maximum(moved, 1), axis=1).mean()
-        if same > 0.99 and moved.max() >= STILL:
-            advice = "set data.action.from to the topic of the commands, or to next_state"
-            yield f"the action equals the state at {same:.0%} of the ticks: the policy would stand still; {advice}"
-            return
     copied = copying_error(ticks, chunk)
     if copied is not None and copied < COPIED:
         leaves = (
@@ -172,7 +210,8 @@ def copying_error(ticks: Ticks, chunk_size: int) -> float | None:
 def lag(ticks: Ticks, config: Config) -> Lag | None:
     """How long the state lags behind the command; None if there is no command, or it does not explain the motion.
 
-    The lag minimizes the variance of state minus earlier command; a parabola refines it between ticks.
+    The lag minimizes the variance of state minus earlier command; a parabola refines it between ticks. A tick's target is
+    the command of the next tick.
     """
     fps, names = config.data.fps, ticks.state_names
     if not config.data.commands or ticks.target.shape != ticks.state.shape:
@@ -200,4 +239,4 @@ def lag(ticks: Ticks, config: Config) -> Lag | None:
     if best > 0:
         a, b, c = left[best - 1 : best + 2]
         between = 0.5 * (a - c) / (a - 2 * b + c) if a - 2 * b + c > 0 else 0.0
-    return Lag((best + between) / fps, float(explained))
+    return Lag((best + between - 1) / fps, float(explained))

@@ -1,17 +1,16 @@
 """A storage file, read once from front to back and checked on the way: MCAP, SQLite of rosbag2, ROS 1 bag.
 
 Every record is read, whether or not its topic is wanted; no index is needed to find a message. Sizes, checksums, counts,
-message indexes and repeated definitions are compared with what was read. Messages come in receive order.
+message indexes and repeated definitions are compared with what was read. Messages come in file order, in which they were
+recorded: sorted by stamp, a clock that was set back would mix two moments.
 
 https://mcap.dev/spec    https://wiki.ros.org/Bags/Format/2.0    https://github.com/ros2/rosbag2
 """
 
 from __future__ import annotations
 
-import bisect
 import bz2
 import io
-import math
 import sqlite3
 import struct
 import sys
@@ -29,7 +28,7 @@ if sys.version_info >= (3, 14):
 else:
     from backports import zstd
 
-Stamped = tuple[int, int, int, bytes]  # receive stamp in ns, place in the file, connection, message
+Stamped = tuple[int, int, bytes]  # connection, receive stamp in ns, message
 ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 UNPACK: dict[str, Callable[[bytes], bytes]] = {"": bytes, "none": bytes, "bz2": bz2.decompress}
 UNPACK |= {"lz4": lz4.frame.decompress, "zstd": zstd.decompress}
@@ -63,43 +62,33 @@ class Storage:
         self.counts: Counter[int] = Counter()  # messages by connection
         self.sums: Counter[str] = Counter()  # the checksums in the file, in words
         self.definitions: dict[str, Any] = {}  # as first defined
-        self.start_ns: float = math.inf  # the least stamp; known when messages begin
+        self.start_ns = -1  # the first message's stamp
 
     def messages(self, topics: Collection[str] | None = None) -> Iterator[tuple[Connection, int, bytes]]:
         """The messages of some topics (None: all) and their receive stamps in ns. Raises Unreadable."""
         self.file.seek(0)
         if (found := self.file.read(len(self.MAGIC))) != self.MAGIC:
             raise _damage(0, f"found {found!r}, expected {self.MAGIC!r}")
-        held: list[Any] = []  # messages that a later unit may precede
-        least = [*self._first_stamps(), math.inf]
-        for i in range(len(least) - 2, -1, -1):
-            least[i] = min(least[i], least[i + 1])  # of this unit and all later ones
-        self.start_ns = least[0]
-        wanted: dict[int, Connection] = {}
-        for number, unit in enumerate(self._units(), 1):
-            if len(wanted) < len(self.connections):
-                wanted = {n: c for n, c in self.connections.items() if topics is None or c.topic in topics}
-            for message in unit:
-                if message[2] in wanted:
-                    bisect.insort(held, message)
-            ready = bisect.bisect_right(held, (least[min(number, len(least) - 1)], math.inf))
-            for stamp, _, connection, raw in held[:ready]:
-                yield wanted[connection], stamp, raw
-            del held[:ready]
+        wanted: dict[int, Connection | None] = {}
+        for messages in self._messages():
+            for number, stamp, raw in messages:
+                if number not in wanted:
+                    is_wanted = topics is None or self.connections[number].topic in topics
+                    wanted[number] = self.connections[number] if is_wanted else None
+                if connection := wanted[number]:
+                    yield connection, stamp, raw
 
-    def _first_stamps(self) -> list[float]:
-        """The least stamp of each unit; infinity for a unit without messages."""
+    def _messages(self) -> Iterator[list[Stamped]]:
+        """The messages in file order: those of a chunk, or one."""
         raise NotImplementedError
 
-    def _units(self) -> Iterator[list[Stamped]]:
-        """The messages in file order, in units of a chunk or one message."""
-        raise NotImplementedError
-
-    def _message(self, stamp: int, place: int, connection: int, raw: bytes, at: int) -> Stamped:
+    def _message(self, connection: int, stamp: int, raw: bytes, at: int) -> Stamped:
         if connection not in self.connections:
             raise _damage(at, f"a message of channel {connection}, which is not defined before it")
         self.counts[connection] += 1
-        return stamp, place, connection, raw
+        if self.start_ns < 0:
+            self.start_ns = stamp
+        return connection, stamp, raw
 
     def _define(self, name: str, definition: Any, at: int) -> None:
         if self.definitions.setdefault(name, definition) != definition:
@@ -107,7 +96,7 @@ class Storage:
 
     def _indexed(self, chunk: list[Stamped], index: list[tuple[int, int]], at: int) -> list[Stamped]:
         """A chunk that agrees with its (connection, stamp) index."""
-        if sorted(index) != sorted((message[2], message[0]) for message in chunk):
+        if sorted(index) != sorted(message[:2] for message in chunk):
             raise _damage(at, f"a chunk of {len(chunk)} messages before it, {len(index)} in its index, or other stamps")
         return chunk
 
@@ -158,24 +147,8 @@ class Mcap(Storage):
     IN_SUMMARY = (CHUNK_INDEX, ATTACHMENT_INDEX, METADATA_INDEX, SUMMARY_OFFSET)
     PRIVATE = 0x80  # and above: other programs' records
 
-    def _first_stamps(self) -> list[float]:
-        stamps: list[float] = []
-        at, self.has_data_crc = len(self.MAGIC), False
-        while at + self.HEAD.size <= self.end:
-            self.file.seek(at)
-            head = self.file.read(33).ljust(33, b"\0")
-            kind, length = self.HEAD.unpack_from(head)
-            if kind == self.CHUNK:
-                first, last = struct.unpack_from("<QQ", head, 9)
-                stamps.append(first if last else math.inf)
-            elif kind == self.MESSAGE:
-                stamps.append(struct.unpack_from("<Q", head, 15)[0])
-            elif kind == self.DATA_END:
-                self.has_data_crc = head[9:13] != bytes(4)
-            at += self.HEAD.size + length
-        return stamps
-
-    def _units(self) -> Iterator[list[Stamped]]:
+    def _messages(self) -> Iterator[list[Stamped]]:
+        has_data_crc = self._has_data_crc()
         self.file.seek(len(self.MAGIC))
         data_crc, summary_crc, in_summary, last, chunks = crc32(self.MAGIC), 0, False, 0, 0
         chunk: list[Stamped] | None = None  # the last one, until its indexes have been read
@@ -188,7 +161,7 @@ class Mcap(Storage):
             if last == self.FOOTER or (last == 0) != (kind == self.HEADER):
                 raise _damage(at, f"a record of type {kind} in the wrong place")
             if kind == self.DATA_END and not in_summary:
-                if self.has_data_crc:
+                if has_data_crc:
                     self._check_crc("CRC of the data", _numbers("<I", body, at)[0], data_crc, at)
             elif kind == self.FOOTER:
                 _, _, written = _numbers("<QQI", body, at)
@@ -199,7 +172,7 @@ class Mcap(Storage):
                 self._compare_statistics(body, chunks, at)
             elif kind == self.MESSAGE and not in_summary:
                 channel, _, stamp, _ = _numbers("<HIQQ", body, at)
-                yield [self._message(stamp, at, channel, body[22:], at)]
+                yield [self._message(channel, stamp, body[22:], at)]
             elif kind == self.CHUNK and not in_summary:
                 chunks, chunk = chunks + 1, self._chunk(body, at)
             elif kind == self.MESSAGE_INDEX and chunk is not None:
@@ -211,7 +184,7 @@ class Mcap(Storage):
                 raise _damage(at, f"a record of type {kind} in the wrong place")
             if in_summary:
                 summary_crc = crc32(body, crc32(head, summary_crc))
-            elif self.has_data_crc:
+            elif has_data_crc:
                 data_crc = crc32(body, crc32(head, data_crc))
             in_summary, last = in_summary or kind == self.DATA_END, kind
         if last != self.FOOTER or self.file.read() != self.MAGIC:
@@ -220,6 +193,14 @@ class Mcap(Storage):
             del self.sums[NO_SUM]
         elif self.counts and not chunks:
             self.sums[NO_SUM] += 1
+
+    def _has_data_crc(self) -> bool:
+        """Whether DATA_END, before the summary or the footer, has a checksum; computing it takes time."""
+        footer = self.end - len(self.MAGIC) - self.HEAD.size - 20
+        self.file.seek(max(0, footer))
+        summary = int.from_bytes(self.file.read(self.HEAD.size + 8)[self.HEAD.size :], "little")
+        self.file.seek(max(0, min(summary or footer, self.end) - 4))
+        return self.file.read(4) != bytes(4)
 
     def _records(self) -> Iterator[tuple[int, int, bytes]]:
         """(byte, type, body) of each record of the file."""
@@ -256,13 +237,13 @@ class Mcap(Storage):
                 raise _damage(at, f"a chunk with a record of type {kind} and {length} bytes; {size - begin} are left")
             if kind == self.MESSAGE:
                 channel, _, stamp, _ = self.MESSAGE_HEAD.unpack_from(raw, begin)
-                messages.append(self._message(stamp, at + offset, channel, raw[begin + 22 : end], at))
+                messages.append(self._message(channel, stamp, raw[begin + 22 : end], at))
             elif kind in (self.SCHEMA, self.CHANNEL):
                 self._add_definition(kind, raw[begin:end], at)
             elif kind < self.PRIVATE:
                 raise _damage(at, f"a chunk with a record of type {kind}")
             offset = end
-        stamps = [message[0] for message in messages]
+        stamps = [message[1] for message in messages]
         if stamps and (min(stamps), max(stamps)) != (first, last):
             raise _damage(at, f"a chunk with stamps {min(stamps)} to {max(stamps)} ns, declared {first} to {last}")
         return messages
@@ -306,19 +287,7 @@ class Ros1(Storage):
     MAGIC = b"#ROSBAG V2.0\n"
     MESSAGE, BAG_HEADER, INDEX, CHUNK, CHUNK_INFO, CONNECTION = range(2, 8)
 
-    def _first_stamps(self) -> list[float]:
-        stamps: list[float] = []
-        try:
-            for _, kind, _, body in self._records(self.file, len(self.MAGIC), self.end, skip=True):
-                if kind == self.CHUNK:
-                    stamps.append(math.inf)
-                elif kind == self.INDEX:
-                    stamps[-1] = min(stamps[-1], *(s * 10**9 + ns for s, ns, _ in struct.iter_unpack("<III", body)))
-        except (Unreadable, struct.error, IndexError):
-            pass  # _units raises it
-        return stamps
-
-    def _units(self) -> Iterator[list[Stamped]]:
+    def _messages(self) -> Iterator[list[Stamped]]:
         declared, chunks, connections, index_at, last = (0, 0, 0), 0, 0, 0, 0
         chunk: list[Stamped] | None = None  # the last one, until its indexes have been read
         index: list[tuple[int, int]] = []
@@ -355,8 +324,8 @@ class Ros1(Storage):
             words = "index at byte {}, {} connections, {} chunks"
             raise _damage(self.end, f"{words.format(*found)}; declared {words.format(*declared)}")
 
-    def _records(self, file: BinaryIO, at: int, end: int, skip: bool = False) -> Iterator[Ros1Record]:
-        """The records of the file, or of an unpacked chunk; `skip` omits the bodies of chunks."""
+    def _records(self, file: BinaryIO, at: int, end: int) -> Iterator[Ros1Record]:
+        """The records of the file, or of an unpacked chunk."""
         file.seek(at)
         while at < end:
             begin, parts = at, [b"", b""]
@@ -365,22 +334,19 @@ class Ros1(Storage):
                 at += 4 + length
                 if at > end:
                     raise _damage(begin, f"a record with {length} bytes; {max(0, end - at + length)} are left")
-                if skip and b"op=\x05" in parts[0]:
-                    file.seek(at)
-                else:
-                    parts[i] = file.read(length)
+                parts[i] = file.read(length)
             fields = _fields(parts[0], begin)
             yield begin, _field(fields, "op", 1, begin), fields, parts[1]
 
     def _chunk(self, raw: bytes, at: int) -> list[Stamped]:
         messages = []
-        for offset, kind, fields, body in self._records(io.BytesIO(raw), 0, len(raw)):
+        for _, kind, fields, body in self._records(io.BytesIO(raw), 0, len(raw)):
             if kind == self.CONNECTION:
                 self._add_connection(fields, body, at)
             elif kind == self.MESSAGE:
                 number, packed = _field(fields, "conn", 4, at), _field(fields, "time", 8, at)
                 stamp = (packed & 0xFFFFFFFF) * 10**9 + (packed >> 32)
-                messages.append(self._message(stamp, at + offset, number, body, at))
+                messages.append(self._message(number, stamp, body, at))
             else:
                 raise _damage(at, f"a chunk with a record of type {kind}")
         return messages
@@ -419,7 +385,7 @@ class Sqlite(Storage):
     STRAYS = """SELECT (SELECT count(*) FROM topics WHERE typeof(name) || typeof(type) != 'texttext') + count(*) FROM messages
         WHERE topic_id NOT IN (SELECT id FROM topics) OR typeof(data) || typeof(timestamp) || typeof(id) != 'blobintegerinteger'"""
 
-    def _first_stamps(self) -> list[float]:
+    def _messages(self) -> Iterator[list[Stamped]]:
         definitions: dict[str, tuple[str, str]] = {}
         for _ in self._rows("SELECT 1 FROM sqlite_master WHERE name = 'message_definitions'"):
             rows = self._rows("SELECT topic_type, encoding, encoded_message_definition FROM message_definitions")
@@ -435,14 +401,10 @@ class Sqlite(Storage):
         ((strays,),) = self._rows(self.STRAYS)
         if strays:
             raise Unreadable(f"damaged: {strays} messages without topic, stamp or data, or topics without name or type")
-        return [stamp for (stamp,) in self._rows("SELECT timestamp FROM messages NOT INDEXED ORDER BY id")]
-
-    def _units(self) -> Iterator[list[Stamped]]:
-        columns = "timestamp, id, topic_id, data"
-        for stamp, place, topic, raw in self._rows(f"SELECT {columns} FROM messages NOT INDEXED ORDER BY id"):
+        for topic, stamp, raw in self._rows("SELECT topic_id, timestamp, data FROM messages NOT INDEXED ORDER BY id"):
             if not self.counts:
                 self.sums[_sum_of("zstd", raw) if raw[:4] == ZSTD_MAGIC else NO_SUM] += 1
-            yield [self._message(stamp, place, topic, raw, place)]
+            yield [self._message(topic, stamp, raw, 0)]
 
     def _rows(self, query: str) -> Iterator[Any]:
         try:

@@ -69,7 +69,8 @@ def test_commands_and_deltas(tmp_path: Path) -> None:
     (absolute,) = only_recording(tmp_path, command).episodes
     (delta,) = only_recording(tmp_path, command, "data.action.as=delta").episodes
     (steps,) = only_recording(tmp_path, "data.action.as=delta").episodes
-    i = (30 * MS + np.arange(len(absolute.state)) * 50 * MS) // (20 * MS) * 2
+    next_observation = (80 * MS + np.arange(len(absolute.state)) * 50 * MS) // (10 * MS) * 10 * MS
+    i = next_observation // (20 * MS) * 2
     assert np.allclose(absolute.action, np.sin(i[:, None] / 50 + np.arange(3)) + 0.1)
     assert np.allclose(delta.action, absolute.action - absolute.state, atol=1e-6)
     assert np.allclose(np.cumsum(steps.action, axis=0)[:-1] + steps.state[0], steps.state[1:], atol=1e-5)
