@@ -99,7 +99,7 @@ def _row(topic: Topic) -> tuple[str, ...]:
 
 def _details(topic: Topic) -> Iterator[str]:
     """What the table has no column for: distrusted stamps, pictures, joints."""
-    if topic.header_minus_receive_ms and topic.clock != "header":
+    if topic.in_order is not None and topic.clock != "header":
         yield f"{topic.name}: by {topic.clock}"
     if topic.not_understood:
         yield f"{topic.name}: counted only, the bag has no definition of its type"

@@ -174,7 +174,8 @@ class Measure:
     def topic(self, start_ns: int) -> Topic:
         """The measured topic, after check(); seconds count from start_ns."""
         stamps, receive, header = self.stamps, np.array(self.receive, np.int64), np.array(self.header, np.int64)
-        pauses, stamped = np.diff(stamps), header != 0
+        pauses, stamped = np.diff(stamps), (header != 0) & (receive != 0)
+        headers = header[header != 0]
         usual = period_ns(stamps)
         gaps = [
             Gap((int(at) - start_ns) / SECOND, float(pause) / SECOND) for at, pause in zip(stamps, pauses, strict=False)
@@ -192,7 +193,7 @@ class Measure:
             largest_gap=max(gaps, key=lambda gap: gap.seconds, default=None),
             gaps=tuple(gap for gap in gaps if usual and gap.seconds * SECOND > GAP_PERIODS * usual),
             header_minus_receive_ms=Spread.of(header[stamped] - receive[stamped]) if stamped.any() else None,
-            in_order=bool(np.all(np.diff(header[stamped]) >= 0)) if stamped.any() else None,
+            in_order=bool(np.all(np.diff(headers) >= 0)) if len(headers) else None,
             joints=tuple(self._joints(start_ns)),
             publishers=tuple({frozenset(names): names for names in reversed(self.joints) if names}.values())[::-1],
             pictures=self.pictures.measured(start_ns) if self.pictures.kinds else None,

@@ -135,17 +135,20 @@ def inspect(bag: Bag, config: Config | None = None, pictures: bool = False) -> I
         except Fault as fault:
             faults += fault.args
     topics = {}
-    for name, measure in sorted(measures.items()):
+    for name, measure in measures.items():
         try:
             measure.check()
         except Fault as fault:
             report(name, fault.at(name).args)
+    clocks = [measure.receive if start_ns else measure.stamps for measure in measures.values() if measure.receive]
+    start_ns = start_ns or min((int(clock[0]) for clock in clocks), default=None)
+    for name, measure in sorted(measures.items()):
         topics[name] = measure.topic(start_ns or 0)
         if len(sums) == len(bag.files) and (miscount := miscounted(bag, name, topics[name].read)):
             report(name, [miscount])
     if start_ns is None and not faults:
         faults.append("has no messages; re-record or remove it")
-    end_ns = max((max(measure.receive) for measure in measures.values() if measure.receive), default=0)
+    end_ns = max((int(max(clock)) for clock in clocks), default=0)
     files = {str(file): file.stat().st_size if file.exists() else 0 for file in bag.files}
     seconds, checksums = (end_ns - (start_ns or 0)) / SECOND, "; ".join(dict.fromkeys(sums)) or "unknown"
     inspection = Inspection(bag.name, files, start_ns or 0, seconds, topics, checksums, faults, warnings)

@@ -21,10 +21,7 @@ from faults import Fault, NoRoom
 from recordings.storage import ZSTD_MAGIC, Connection, Storage, Unreadable, open_storage, zstd
 
 STORAGES = (".mcap", ".db3", ".bag")
-UNREADABLE = {
-    ".active": "its recorder did not finish it; `rosbag reindex` it and remove the .active",
-    ".zst": "decompress it first: `zstd -d`",
-}
+PACKED = (".zstd", ".zst")  # as rosbag2 and as zstd name them
 REMEDIES = {".mcap": "`mcap recover`", ".db3": "`sqlite3 FILE .recover`", ".bag": "`rosbag reindex`"}
 # these types are the same in every release: another definition of them is a damaged one
 FIXED_TYPES = {
@@ -85,11 +82,13 @@ def find_bags(folder: Path) -> tuple[list[Bag], list[str]]:
     faults: list[str] = []
     for path in paths:
         try:
-            if path.suffix in UNREADABLE and path.with_suffix("").suffix in STORAGES:
-                raise Fault(f"{path}: {UNREADABLE[path.suffix]}")
+            if path.suffix == ".active" and path.stem.endswith(STORAGES):
+                raise Fault(f"{path}: its recorder did not finish it; `rosbag reindex` it and remove the .active")
             if path.name == "metadata.yaml" and path.parent in described:
                 bags.append(_described_bag(path, str(path.parent.relative_to(root))))
             elif _storage_suffix(path) in STORAGES and path.parent not in described:
+                if path.suffix in PACKED and path.with_suffix("").exists() and folder != path:
+                    raise Fault(f"{path}: a compressed copy of {path.stem}; remove one of them")
                 bags.append(Bag(str(path.relative_to(root)), (path,), {}))
         except Fault as fault:
             faults += fault.args
@@ -115,7 +114,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _storage_suffix(path: Path) -> str:
-    return Path(path.name.removesuffix(".zstd")).suffix
+    return path.with_suffix("").suffix if path.suffix in PACKED else path.suffix
 
 
 def _described_bag(metadata: Path, name: str) -> Bag:
@@ -123,7 +122,11 @@ def _described_bag(metadata: Path, name: str) -> Bag:
     advice = "`ros2 bag reindex` the folder, or remove metadata.yaml to read each file as a recording"
     try:
         info = yaml.safe_load(metadata.read_text())["rosbag2_bagfile_information"]
-        files = tuple(metadata.parent / Path(file).name for file in info["relative_file_paths"])
+        listed = [metadata.parent / Path(file).name for file in info["relative_file_paths"]]
+        packed = [
+            [Path(f"{file}{suffix}") for suffix in ("", *PACKED) if Path(f"{file}{suffix}").exists()] for file in listed
+        ]
+        files = tuple((names or [file])[0] for names, file in zip(packed, listed, strict=True))
         topics = info["topics_with_message_count"]
         declared = {topic["topic_metadata"]["name"]: topic["message_count"] for topic in topics}
     except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError) as error:
@@ -187,7 +190,7 @@ def miscounted(bag: Bag, topic: str, read: int) -> str:
 
 @contextmanager
 def opened(file: Path) -> Iterator[Storage]:
-    """An open storage file, decompressed if it ends in .zstd. Raises Fault, also for what its messages() raises."""
+    """An open storage file, decompressed if it ends in one of PACKED. Raises Fault, also for what its messages() raises."""
     wal = file.with_name(file.name + "-wal")
     if wal.exists() and wal.stat().st_size:
         merge = f"sqlite3 {file.name} 'pragma wal_checkpoint(truncate)'"
@@ -197,7 +200,7 @@ def opened(file: Path) -> Iterator[Storage]:
             content: BinaryIO = stack.enter_context(file.open("rb"))
             if not file.stat().st_size:
                 raise Fault(f"{file}: is empty (0 bytes); copy it again or remove it")
-            if file.suffix == ".zstd":
+            if file.suffix in PACKED:
                 content = _decompressed(file, content, stack)
         except OSError as error:
             raise Fault(f"{file}: cannot read ({error.strerror}); copy it again or remove it") from None
@@ -210,7 +213,7 @@ def opened(file: Path) -> Iterator[Storage]:
 
 
 def _decompressed(file: Path, content: BinaryIO, stack: ExitStack) -> BinaryIO:
-    """The content of a .zstd file, in the temporary folder until the stack is closed."""
+    """The content of a compressed file, in the temporary folder until the stack is closed."""
     folder = tempfile.gettempdir()
     try:
         plain: Any = stack.enter_context(tempfile.NamedTemporaryFile(prefix="rosbag-"))  # noqa: SIM115

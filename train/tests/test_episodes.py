@@ -112,7 +112,7 @@ def test_a_clock_that_was_set_back_is_named(tmp_path: Path, kind: str) -> None:
     with pytest.raises(Fault, match=rf"{STATE}: {words}.*: the recorder's clock was set back"):
         read(tmp_path / "both", NO_CAMERA)
     write_with("no header", back * 0, back)
-    with pytest.raises(Fault, match="step of 0.700 s, and no header stamps"):
+    with pytest.raises(Fault, match=r"step of 0.700 s, and no header stamps"):
         read(tmp_path / "no header", NO_CAMERA)
     write_with("receive", beat, back)
     (one,) = read(tmp_path / "receive", NO_CAMERA).episodes

@@ -294,6 +294,12 @@ def test_faults_of_reading_and_of_training(tmp_path: Path) -> None:
     assert [fault for fault in inspect(bag, misspelt).faults if "/elsewhere: no such topic" in fault]
 
 
+def test_receive_stamps_of_zero_leave_the_header_clock(tmp_path: Path) -> None:
+    found = inspected(tmp_path, [(topic, kind, 0, content) for topic, kind, _, content in arm()], configured(tmp_path))
+    assert found.verdict == GOOD and found.seconds == pytest.approx(4, abs=0.05)
+    assert found.topics[STATE].clock == "header (all receive stamps are 0)" and found.episodes()[0][0] < 0.1
+
+
 def test_the_command(tmp_path: Path) -> None:
     write(tmp_path / "bags/good", arm())
     write(tmp_path / "bags/stuck", arm(still=(1,)))
