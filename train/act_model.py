@@ -19,6 +19,8 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from config import Model
 
+IMAGENET_WEIGHTS = "https://download.pytorch.org/models/resnet18-f37072fd.pth"  # torchvision's
+
 # MKL's vector functions choose their accuracy at a process's first call. If two threads make it at once, one may compute
 # to only 1e-4, and runs differ. So the first call is here.
 torch.zeros(1).sin()
@@ -143,14 +145,12 @@ def act_loss(
 
 
 def load_imagenet_weights(model: ACT) -> None:
-    """Load torchvision's ImageNet weights into the backbone, from its cache or downloaded.
+    """Load torchvision's ImageNet weights into the backbone, from torch's folder of downloads or the network.
 
-    Raises what torchvision's import or its download raises (ImportError, RuntimeError, OSError).
+    Raises what reading or the download raises (OSError, RuntimeError, and others for a damaged file).
     """
-    from torchvision.models import ResNet18_Weights
-
-    weights = ResNet18_Weights.IMAGENET1K_V1.get_state_dict(
-        progress=False, check_hash=True, map_location="cpu", weights_only=True
+    weights = torch.hub.load_state_dict_from_url(
+        IMAGENET_WEIGHTS, progress=False, check_hash=True, map_location="cpu", weights_only=True
     )
     unused = ("fc.", "num_batches_tracked")
     model.backbone.load_state_dict({k: v for k, v in weights.items() if not any(part in k for part in unused)})

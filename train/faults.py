@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import signal
@@ -13,6 +14,7 @@ SKIPPED = 3  # done, but skipped recordings with faults
 AGAIN = 75  # EX_TEMPFAIL of sysexits.h: run the same command again to resume
 # a SAS signature, an account's key, the password of a URL: no message repeats them
 SECRETS = re.compile(r"(?i)(?<=\bsig=)[^&;\s'\"]+|(?<=\bAccountKey=)[^;\s'\"]+|(?<=://)[^/@\s]+(?=@)")
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
 
 
 class Fault(Exception):
@@ -57,4 +59,6 @@ def exit_with_message() -> Iterator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python prints an error at exit
         sys.exit(141)  # a shell's code for SIGPIPE
     except OSError as error:
-        sys.exit(f"error: {error.filename or 'a file'}: {error.strerror}; disk full or permission denied?")
+        place = f"{error.filename}: " if error.filename else ""
+        advice = "; disk full or permission denied?" if error.errno in UNWRITABLE else ""
+        sys.exit(SECRETS.sub("***", f"error: {place}{error.strerror or error}{advice}"))

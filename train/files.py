@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
+import shutil
+import socket
 import sys
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+
+from faults import Fault
+
+LOCK, BUILDING = ".lock", ".building-"
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
@@ -37,13 +45,53 @@ def fsync(path: Path) -> None:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold a folder, which is created, alone among processes; wait for another owner. A dead owner's lock is free."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with folder.with_name(f".{folder.name}.lock").open("w") as file:
+def locked(lock: Path, wait: bool = True) -> Iterator[None]:
+    """Hold a lock file alone among processes; a dead owner's lock is free. Waits for another owner, or raises Fault."""
+    with lock.open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print(f"{folder}: waiting for another process that uses it", file=sys.stderr, flush=True)
+            file.seek(0)
+            owner = file.read().strip() or "another process"
+            if not wait:
+                raise Fault(f"{lock.parent}: in use by {owner}; wait for it, stop it, or set another folder") from None
+            print(f"{lock.parent}: waiting for {owner}, which uses it", file=sys.stderr, flush=True)
             fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+                raise
+            print(f"note: {lock.parent}: no locks on this filesystem; use it by one run at a time", file=sys.stderr)
+        if not os.fstat(file.fileno()).st_nlink:
+            raise Fault(f"{lock.parent}: another process has just left it; run the same command again")
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
         yield
+
+
+@contextmanager
+def building(parent: Path) -> Iterator[Path]:
+    """A new folder in `parent`, removed at the end unless it was renamed. Until then this process holds its lock."""
+    with ExitStack() as stack:
+        with locked(parent / LOCK):  # remove_abandoned must not see the folder without its lock
+            folder = Path(tempfile.mkdtemp(prefix=BUILDING, dir=parent))
+            lock = folder.with_name(folder.name + LOCK)
+            stack.enter_context(locked(lock))
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+            lock.unlink(missing_ok=True)
+
+
+def remove_abandoned(parent: Path) -> None:
+    """Remove the folders in `parent` that killed processes were building."""
+    with locked(parent / LOCK):
+        for folder in [path for path in parent.glob(f"{BUILDING}*") if path.is_dir()]:
+            lock = folder.with_name(folder.name + LOCK)
+            try:
+                with locked(lock, wait=False):
+                    shutil.rmtree(folder, ignore_errors=True)
+                    lock.unlink()
+            except Fault:  # its owner lives
+                continue

@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import math
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -25,18 +26,18 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from act_model import ACT, act_loss
-from config import dump, load, to_dict
+from config import Config, dump, load, to_dict
 from dataset.augment import Augment
-from dataset.batches import Batch, batches
-from dataset.cache import load_dataset
+from dataset.batches import Batch, Dataset, batches
+from dataset.cache import load_dataset, older_caches
 from dataset.normalize import Normalizer
 from evaluation.report import judge_at_the_end
 from faults import SKIPPED, Fault, Stopped, exit_with_message
 from files import write_whole
-from policy.pretrained import matmul_precision
 from training import checkpoints, run_folder
 from training.checkpoints import Figures, TrainingState
 from training.log import Log
+from training.precision import choose_precision, describe
 from training.processes import Processes, choose_device, process_group, stop_signals
 from training.run import Run, set_first_weights
 
@@ -47,10 +48,9 @@ def train(run: Run) -> Path:
     """Optimize from the newest checkpoint, or from the start, to the last step. Returns the last checkpoint."""
     config, dataset, processes = run.config, run.dataset, run.processes
     settings = config.training
-    torch.set_float32_matmul_precision(matmul_precision(run.device))
     torch.manual_seed(settings.seed)
     processes.agree(
-        **{"kind of device": run.device.type, "precision": str(run.precision), "training": to_dict(settings)},
+        **{"kind of device": run.device.type, "training": to_dict(settings)},
         **checkpoints.settings_to_keep(run),
     )
     normalizer = dataset.normalizer().to(run.device)
@@ -58,10 +58,13 @@ def train(run: Run) -> Path:
     network: ACT | DistributedDataParallel = model
     if processes.world > 1:
         group = processes.gradient_group(run.device)
-        network = DistributedDataParallel(model, process_group=group, gradient_as_bucket_view=True)
+        network = DistributedDataParallel(  # its buffers are constants
+            model, process_group=group, gradient_as_bucket_view=True, broadcast_buffers=False
+        )
     augment = Augment(settings.augment, config.data.image_size)
     log = Log(config.output_dir, first_step, writes=processes.first)
-    source = batches(dataset.train, config, first_step, processes.rank, processes.world)
+    pin = run.device.type == "cuda"
+    source = batches(dataset.train, config, first_step, processes.rank, processes.world, pin)
     bar = tqdm(total=settings.steps, initial=first_step, unit="step", desc="training", disable=not processes.first)
 
     with stop_signals() as stops, bar:
@@ -124,7 +127,7 @@ def losses(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The loss of a batch, its L1 term and its KL term."""
     action = normalizer.action.normalize(batch.action)
-    with torch.autocast(run.device.type, run.precision, enabled=run.precision != torch.float32):
+    with torch.autocast(run.device.type, torch.bfloat16, enabled=run.precision == "bf16"):
         output = network(
             normalizer.state.normalize(batch.state),
             normalizer.images(batch.images),
@@ -180,13 +183,9 @@ def start(run: Run) -> TrainingState:
     if run.processes.world > 1:
         state = checkpoints.receive(state, run)
     if first and (state.step < config.training.steps or not (folder / "config.yaml").exists()):
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            for killed in folder.glob(".checkpoint_*.tmp"):
-                shutil.rmtree(killed)
-            write_whole(folder / "config.yaml", dump(config))
-        except OSError as error:
-            raise Fault(f"output_dir: cannot write to {folder} ({error.strerror}); set another") from None
+        for killed in folder.glob(".checkpoint_*.tmp"):
+            shutil.rmtree(killed)
+        write_whole(folder / "config.yaml", dump(config))
     return state
 
 
@@ -229,29 +228,51 @@ def main() -> None:
     with exit_with_message(), process_group() as processes:
         with processes.local_first():
             config = load(arguments.config, arguments.overrides)
-            dataset = load_dataset(config)
-        run = Run(config, dataset, processes=processes)
-        if processes.first:
-            print(run.report(), flush=True)
         if arguments.dry_run:
-            if processes.first and config.training.augment and config.data.cameras:
-                picture = config.output_dir / "augmented.png"
-                Augment(config.training.augment, config.data.image_size).draw(dataset.train, picture)
-                print(f"augmented pictures: {picture}")
+            dataset = dry_run(config, processes)
         else:
-            run = Run(config, dataset, choose_device(config.training.device, processes), processes)
-            try:
-                last = train(run)
-            except torch.OutOfMemoryError as error:
-                raise Fault(
-                    f"training.batch_size: {config.training.batch_size} samples do not fit into the GPU's memory "
-                    f"({str(error).splitlines()[0][:120]}); lower it, or data.image_size"
-                ) from None
-            if processes.first:
-                print(f"policy: {last / 'pretrained_model'}", flush=True)
-                judge_at_the_end(last, config, dataset, str(run.device))
+            with run_folder.held(config.output_dir) if processes.first else nullcontext():
+                dataset = train_and_judge(config, processes)
     if dataset.skipped:
         processes.end_with(SKIPPED)
+
+
+def dry_run(config: Config, processes: Processes) -> Dataset:
+    """Read and cache every bag, report, and draw the augmented pictures."""
+    with processes.local_first():
+        dataset = load_dataset(config)
+    if processes.first:
+        print("\n".join([Run(config, dataset, processes=processes).report(), *older_caches(config.data)]))
+        if config.training.augment and config.data.cameras:
+            picture = config.output_dir / "augmented.png"
+            Augment(config.training.augment, config.data.image_size).draw(dataset.train, picture)
+            print(f"augmented pictures: {picture}")
+    return dataset
+
+
+def train_and_judge(config: Config, processes: Processes) -> Dataset:
+    """Choose device and precision, read every bag, train, judge the policy."""
+    device = choose_device(config.training.device, processes)
+    precision, why = choose_precision(config, device, processes)
+    if processes.first:
+        print(f"device  {describe(device)}, in each of {processes.world} processes")
+        print(f"numbers {precision}: {why}", flush=True)
+    with processes.local_first():
+        dataset = load_dataset(config)
+    run = Run(config, dataset, device, processes, precision)
+    if processes.first:
+        print(run.report(), flush=True)
+    try:
+        last = train(run)
+    except torch.OutOfMemoryError as error:
+        raise Fault(
+            f"training.batch_size: {config.training.batch_size} samples do not fit into the GPU's memory "
+            f"({str(error).splitlines()[0][:120]}); lower it, or data.image_size"
+        ) from None
+    if processes.first:
+        print(f"policy: {last / 'pretrained_model'}", flush=True)
+        judge_at_the_end(last, config, dataset, str(device))
+    return dataset
 
 
 if __name__ == "__main__":

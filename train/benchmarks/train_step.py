@@ -23,7 +23,7 @@ import torch
 sys.path.extend(str(Path(__file__).parents[1] / folder) for folder in ("", "tests"))
 import train
 from act_model import ACT
-from config import Config, Model, Training
+from config import Config, Model
 from dataset.batches import Batch
 from dataset.normalize import Moments, Normalizer, imagenet
 from policy.pretrained import matmul_precision
@@ -79,7 +79,7 @@ def our_step(batch: dict[str, torch.Tensor]) -> Step:
     optimizer = torch.optim.AdamW([{"params": others}, {"params": backbone}], lr=1e-5, weight_decay=1e-4, fused=True)
     normalizer, nothing = normalizer_of(batch), cast(Any, None)
     runs = {
-        bf16: Run(Config(training=Training(precision="bf16" if bf16 else "fp32")), nothing, torch.device(DEVICE))
+        bf16: Run(Config(), nothing, torch.device(DEVICE), precision="bf16" if bf16 else "fp32")
         for bf16 in (False, True)
     }
     samples = Batch(batch["state"], batch["images"], batch["action"], batch["action_is_pad"])

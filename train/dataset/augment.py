@@ -53,7 +53,8 @@ class Augment:
             for step in self.steps:
                 sample = step(sample)
             samples.append(sample)
-        return batch._replace(images=torch.stack(samples).permute(0, 1, 3, 4, 2))
+        # as the network reads them: channels last
+        return batch._replace(images=torch.stack(samples).permute(0, 1, 3, 4, 2).contiguous())
 
     def draw(self, split: Split, path: Path) -> None:
         """Write a PNG of the first sample: one row for each camera, the original first, then augmented draws."""

@@ -130,8 +130,10 @@ class Dataset(NamedTuple):
         return [count, *(f"skipped: {line}" for faults in self.skipped for line in faults)]
 
 
-def batches(split: Split, config: Config, first_step: int, rank: int = 0, world: int = 1) -> Iterator[Batch]:
-    """This process's part of the batches of all steps after first_step, made ahead by one thread.
+def batches(
+    split: Split, config: Config, first_step: int, rank: int = 0, world: int = 1, pin: bool = False
+) -> Iterator[Batch]:
+    """This process's part of the batches of all steps after first_step, made ahead by one thread; `pin` pins them.
 
     Each epoch is a permutation that depends only on seed and epoch; the latent's noise depends only on seed and step.
     So a resumed run needs only its step, and `world` processes together see what one would with `world` times the batch.
@@ -168,7 +170,7 @@ def batches(split: Split, config: Config, first_step: int, rank: int = 0, world:
                 if stop.is_set():
                     return
                 batch = make(step)
-                put(batch.pin_memory() if torch.cuda.is_available() else batch)
+                put(batch.pin_memory() if pin else batch)
         except BaseException as error:
             put(error)
 

@@ -1,6 +1,6 @@
 """Recordings as training samples: read once into a cache on disk, split into training and held-out recordings.
 
-A cached recording is a folder: meta.json, state.npy, action.npy, and for each camera NAME.rgb (raw pictures at the training
+The cache has one folder for each version of the reading code. A cached recording is a folder in it: meta.json, state.npy, action.npy, and for each camera NAME.rgb (raw pictures at the training
 size) and NAME.npy (the picture of each tick).
 """
 
@@ -11,8 +11,7 @@ import functools
 import hashlib
 import json
 import os
-import shutil
-import tempfile
+import shlex
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -27,10 +26,12 @@ from tqdm import tqdm
 from config import Config, Data, to_dict
 from dataset.batches import Dataset, Frames, Split
 from faults import Fault, NoRoom
+from files import BUILDING, building, remove_abandoned
 from recordings.azure_blob import local_folder
 from recordings.bags import Bag, find_bags
 from recordings.episodes import Recording, read_frames, read_recording
 
+READER = "reader-"  # and a version: the cache of that version
 NOT_IN_THE_KEY = ("bag_dir", "cache_dir", "validation_fraction", "on_bad_bag")  # settings that change no sample
 
 
@@ -52,6 +53,8 @@ def load_dataset(config: Config, held_out: Collection[str] | None = None) -> Dat
     bags, faults = find_bags(local_folder(data.bag_dir, data.cache_dir))
     skipped: list[tuple[str, ...]] = [(fault,) for fault in faults]
     folders = {bag.name: _cache_folder(bag, data) for bag in bags}
+    if _cache_of_this_code(data).exists():
+        remove_abandoned(_cache_of_this_code(data))
     missing = [bag for bag in bags if not folders[bag.name].exists()]
     for bag in tqdm(missing, desc="reading bags", unit="bag", disable=not missing):
         try:
@@ -168,7 +171,24 @@ def _cache_folder(bag: Bag, data: Data) -> Path:
     files = [(str(file), stat.st_size, stat.st_mtime_ns) for file, stat in stats]
     parts = [settings, files, bag.declared, _reader_version()]
     key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-    return data.cache_dir / f"{Path(bag.name).name}-{key[:24]}"
+    return _cache_of_this_code(data) / f"{Path(bag.name).name}-{key[:24]}"
+
+
+def _cache_of_this_code(data: Data) -> Path:
+    return data.cache_dir / f"{READER}{_reader_version()[:12]}"
+
+
+def older_caches(data: Data) -> list[str]:
+    """Caches of other versions of the code or its libraries: one line each, with its size and how to remove it."""
+    lines = []
+    for folder in sorted(data.cache_dir.glob("*")) if data.cache_dir.exists() else ():
+        other = folder.name.startswith((READER, BUILDING)) or (folder / "meta.json").exists()
+        if other and folder != _cache_of_this_code(data):
+            size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+            lines.append(
+                f"{folder}: {size / 1e6:.0f} MB, cache of another version of this code; rm -r {shlex.quote(str(folder))}"
+            )
+    return lines
 
 
 def _cache_recording(bag: Bag, data: Data, folder: Path) -> None:
@@ -177,18 +197,15 @@ def _cache_recording(bag: Bag, data: Data, folder: Path) -> None:
         hashes = beside.submit(lambda: {file.name: _sha256(file) for file in bag.files if file.exists()})
         recording = read_recording(bag, data)
     try:
-        data.cache_dir.mkdir(parents=True, exist_ok=True)
-        building = Path(tempfile.mkdtemp(prefix=".building-", dir=data.cache_dir))
-        try:
-            _write_recording(bag, recording, hashes.result(), data, building)
-            building.chmod(0o755)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with building(folder.parent) as unfinished:
+            _write_recording(bag, recording, hashes.result(), data, unfinished)
+            unfinished.chmod(0o755)
             try:
-                building.rename(folder)
+                unfinished.rename(folder)
             except OSError:
                 if not folder.exists():  # else another run was faster
                     raise
-        finally:
-            shutil.rmtree(building, ignore_errors=True)
     except OSError as error:
         height, width = data.image_size
         ticks = sum(len(episode.state) for episode in recording.episodes)

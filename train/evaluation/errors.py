@@ -46,7 +46,7 @@ def measure(policy: Pretrained, config: Config, split: Split, controls: bool = T
             "no recording was held out; judge by other recordings (--bags DIR), or raise data.validation_fraction"
         )
     ticks = np.unique(np.linspace(0, len(split.state) - 1, SAMPLES).round().astype(int))
-    elsewhere = _in_another_episode(split, ticks)
+    elsewhere = _in_another_recording(split, ticks)
     parts: dict[str, list[Tensor]] = {}
     for start in range(0, len(ticks), BATCH):
         chosen = ticks[start : start + BATCH]
@@ -80,14 +80,18 @@ def _baselines(split: Split, ticks: np.ndarray, batch: Batch, config: Config) ->
     return still, torch.where(torch.from_numpy(is_first)[:, None], still, before)
 
 
-def _in_another_episode(split: Split, ticks: np.ndarray) -> np.ndarray | None:
-    """For each tick (N,) one of another episode, as far from its start: a similar pose, another scene."""
-    lengths = np.array(split.lengths)
-    if len(lengths) < 2:
+def _in_another_recording(split: Split, ticks: np.ndarray) -> np.ndarray | None:
+    """For each tick (N,) one of another recording, as far from its episode's start: a similar pose, another scene."""
+    recordings = len(split.names)
+    if recordings < 2:
         return None
+    lengths = np.array(split.lengths)
     starts = np.cumsum(lengths) - lengths
     episode = np.searchsorted(starts, ticks, side="right") - 1
-    other = (episode + len(lengths) // 2) % len(lengths)
+    first = np.searchsorted(split.recording[starts], np.arange(recordings + 1))  # of each recording's episodes
+    own = split.recording[ticks]
+    theirs = (own + recordings // 2) % recordings
+    other = first[theirs] + (episode - first[own]) % np.diff(first)[theirs]
     return starts[other] + np.minimum(ticks - starts[episode], lengths[other] - 1)
 
 

@@ -56,6 +56,9 @@ xargs -r printf '%s\0' <<<"${1:-}" >"$parsed" || { # shell quotes, no expansion
 mapfile -d '' -t settings <"$parsed"
 settings+=("output_dir=$CHECKPOINTS") # what is uploaded
 processes=$((GPUS > 0 ? GPUS : 1))
+if [ "$GPUS" -gt 0 ]; then # a pod whose torch sees no GPU must not train on its CPUs
+  settings=(training.device=cuda "${settings[@]}")
+fi
 export OMP_NUM_THREADS=$CPUS # for each
 status=0
 if [ "$processes" = 1 ] && [ "$NODES" = 1 ]; then

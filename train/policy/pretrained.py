@@ -10,7 +10,6 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,7 +40,7 @@ OURS = {
     "feedforward_activation": "relu",
 }  # LeRobot's options that this network does not have
 OTHER = "expected files of one checkpoint; copy it again"
-CPU_FLAGS = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+CPU_INFO = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
 
 
 class Pretrained(NamedTuple):
@@ -70,8 +69,7 @@ class Pretrained(NamedTuple):
             )
         device = self.normalizer.state.mean.device
         pixels = None if images is None else images.to(device)
-        with _fp32(device):
-            output = self.model(self.normalizer.state.normalize(state.to(device)), self.normalizer.images(pixels))
+        output = self.model(self.normalizer.state.normalize(state.to(device)), self.normalizer.images(pixels))
         chunk = self.normalizer.action.unnormalize(output.actions).cpu()
         if not chunk.isfinite().all():
             raise Fault(
@@ -87,26 +85,14 @@ def matmul_precision(device: torch.device) -> str:
     """
     if device.type != "cpu":
         return "high"
-    return "medium" if "avx512f" in CPU_FLAGS and "amx" not in CPU_FLAGS else "highest"
-
-
-@contextmanager
-def _fp32(device: torch.device) -> Iterator[None]:
-    """True fp32: on a GPU, TF32 moved actions by 0.01 rad."""
-    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision(matmul_precision(device) if device.type == "cpu" else "highest")
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before[0])
-        torch.backends.cudnn.allow_tf32 = before[1]
+    return "medium" if "avx512f" in CPU_INFO and "amx" not in CPU_INFO else "highest"
 
 
 def load(path: Path, device: str | None = None) -> Pretrained:
     """A policy from pretrained_model/, ours or LeRobot's, or from the checkpoint that contains it.
 
-    With a `device` it is made ready to act there: its frozen norms are folded into its weights.
+    With a `device` it is made ready to act there: its frozen norms are folded into its weights, and this process computes
+    in true fp32 from here on, which you may change: on a GPU, TF32 moved actions by 0.01 rad.
     Raises Fault if files are missing, damaged, not finite, or of different checkpoints.
     """
     folder = path / "pretrained_model" if (path / "pretrained_model").is_dir() else path
@@ -123,6 +109,8 @@ def load(path: Path, device: str | None = None) -> Pretrained:
         return policy
     if policy.normalizer.cameras:
         fold_norms(policy.model.backbone)
+    torch.set_float32_matmul_precision(matmul_precision(torch.device(device)) if device == "cpu" else "highest")
+    torch.backends.cudnn.allow_tf32 = False
     try:
         policy.model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # its stubs lack it
         return policy._replace(normalizer=policy.normalizer.to(torch.device(device)))

@@ -57,7 +57,9 @@ def local_folder(place: Path | BlobUrl, cache_dir: Path) -> Path:
     host = place.endpoint.partition("://")[2]
     root, gone = (cache_dir / "blob" / middle / host / place.container for middle in ("", ".gone"))
     try:
-        with _client(place) as (client, secret), _faults(place, secret), locked(root):
+        root.mkdir(parents=True, exist_ok=True)
+        lock = root.with_name(f".{root.name}.lock")
+        with _client(place) as (client, secret), _faults(place, secret), locked(lock):
             return _mirror(place, client, root, gone)
     except OSError as error:
         raise Fault(

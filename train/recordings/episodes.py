@@ -6,6 +6,7 @@ is the last command before the next observation. Where a message is too old, the
 
 from __future__ import annotations
 
+import os
 from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,7 +22,7 @@ from recordings.plausibility import Ticks, bunches, echo_age, jumps, period_ns
 from recordings.signals import Series, Source, read_series
 
 WORTH_A_NOTE_NS = 500_000_000
-DECODERS = 2  # threads that decode pictures; OpenCV releases the GIL
+DECODERS = os.cpu_count() or 1  # threads that decode pictures; OpenCV releases the GIL
 
 
 class Episode(NamedTuple):
@@ -196,7 +197,7 @@ def _unused(series: dict[Source, Series], data: Data) -> list[str]:
 
 def _holding(source: Source, one: Series, silence_ns: float) -> str:
     """The setting that would hold a signal's last message over a silence."""
-    setting = f"{{{one.topic}: {np.ceil(silence_ns / 1e8) * 100:.0f}}}"
+    setting = "{" + f"{one.topic}: {np.ceil(silence_ns / 1e8) * 100:.0f}" + "}"
     return f" (published on change? data.max_age_ms: {setting} holds it)" if isinstance(source, Signal) else ""
 
 

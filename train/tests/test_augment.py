@@ -15,6 +15,7 @@ import train
 from config import load
 from dataset.augment import Augment
 from dataset.batches import Batch
+from dataset.normalize import Normalizer, imagenet, moments
 from faults import Fault
 
 PICTURES = torch.from_numpy(picture(3)).expand(4, 2, 48, 64, 3).contiguous()  # samples, cameras
@@ -37,6 +38,12 @@ def test_each_sample_changes_a_little_and_all_its_cameras_alike(names: list[str]
     assert (difference > 0.5).all() and (difference < 60).all()
     torch.manual_seed(0)
     assert augmented(names).equal(changed)
+    pixels = Normalizer(moments(np.ones((2, 1))), moments(np.ones((2, 1))), {"a": imagenet(), "b": imagenet()}).images(
+        changed
+    )
+    assert pixels is not None and pixels.flatten(0, 1).is_contiguous(memory_format=torch.channels_last), (
+        "as the network reads"
+    )
 
 
 def test_off_by_default_and_only_in_training(tmp_path: Path) -> None:

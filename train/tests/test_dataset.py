@@ -3,6 +3,7 @@
 import itertools
 import os
 import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from dataset import cache
 from dataset.batches import Dataset, Split, batches
 from dataset.cache import load_dataset
 from faults import Fault, NoRoom
+from files import building
 from recordings.bags import find_bags
 from recordings.episodes import Recording, read_recording
 
@@ -162,6 +164,29 @@ def test_a_damaged_cache_is_named(tmp_path: Path) -> None:
         with pytest.raises(Fault, match=r"damaged cache .*delete this folder"):
             load_dataset(configured(tmp_path))
         file.write_bytes(whole)
+
+
+def test_caches_of_killed_runs_and_of_older_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = configured(recorded(tmp_path, 2))
+    load_dataset(config)
+    (ours,) = (tmp_path / "cache").glob("reader-*")
+    (ours / ".building-killed").mkdir()
+    with building(ours) as alive:
+        load_dataset(config)
+        assert [path for path in ours.glob(".building-*") if path.is_dir()] == [alive]
+    assert not list(ours.glob(".building-*"))
+    assert cache.older_caches(config.data) == []
+    ours.rename(tmp_path / "cache/reader-0123456789ab")
+    (tmp_path / "cache/kept by the user").mkdir()
+    load_dataset(config)
+    (line,) = cache.older_caches(config.data)
+    assert (
+        line.endswith(f"; rm -r {tmp_path}/cache/reader-0123456789ab") and ": 0 MB, cache of another version" in line
+    ), line
+    subprocess.run(line.rpartition("; ")[2], shell=True, check=True)
+    assert cache.older_caches(config.data) == []
 
 
 def test_statistics_come_from_the_training_recordings(tmp_path: Path) -> None:

@@ -384,7 +384,9 @@ class Pod:
         shutil.copy(tiny(recorded(folder), *quick, *overrides), self.code / "osmo-config.yaml")
         shutil.copytree(folder / "bags", world / "storage/stosmorbt3dev001/datasets/bags")
 
-    def start(self, settings: str = "", gpus: int = 1, nodes: int = 1, node: int = 0) -> subprocess.Popen[str]:
+    def start(
+        self, settings: str = "", gpus: int = 1, nodes: int = 1, node: int = 0, device: str = "training.device=cpu"
+    ) -> subprocess.Popen[str]:
         environment = {
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             "CHECKPOINTS": str(self.checkpoints) if node == 0 else str(self.folder / f"pod_{node}/checkpoints"),
@@ -402,7 +404,7 @@ class Pod:
             "BAGS_REGEX": tasks(rendered())[0]["environment"]["BAGS_REGEX"],
         }
         return subprocess.Popen(
-            ["bash", self.code / "train.sh", settings],
+            ["bash", self.code / "train.sh", f"{settings} {device}"],
             env=os.environ | environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -448,6 +450,14 @@ def test_a_lost_pod_resumes_in_the_next_one(tmp_path: Path, world: Path) -> None
     assert f"{newest}: skipping incomplete checkpoint" in out and "resuming from" in out and "policy: azure://" in out
     assert json.loads((pod.output / "pretrained_model/robot.json").read_text())["step"] == 30
     assert Policy.load(pod.output / "pretrained_model") and (pod.output / "metrics.jsonl").exists()
+
+
+def test_a_pod_whose_gpu_torch_does_not_see_fails(tmp_path: Path, world: Path) -> None:
+    pod = Pod(tmp_path, world)
+    out, _ = (process := pod.start(device="")).communicate(timeout=60)
+    assert process.returncode == 1 and "error: training.device: cuda: process 0 needs cuda:0" in out, out
+    out, _ = (process := pod.start(device="", gpus=0)).communicate(timeout=60)
+    assert process.returncode == 0 and "device  cpu" in out, out
 
 
 def test_the_exit_code_of_several_processes_reaches_osmo(tmp_path: Path, world: Path) -> None:

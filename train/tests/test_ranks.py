@@ -92,7 +92,7 @@ def test_a_fault_of_one_ends_the_other_with_its_reason(tmp_path: Path) -> None:
     run("--config", path, "--dry-run")
     process = start("--config", path, "training.save_every=2", "training.keep_checkpoints=1000")
     wait_for(tmp_path / "run/checkpoint_000004", process)
-    for frames in (tmp_path / "cache").glob("*/color.rgb"):
+    for frames in (tmp_path / "cache").rglob("color.rgb"):
         os.truncate(frames, 0)
     _, err = process.communicate(timeout=60)
     assert re.search(r"error: \S+color.rgb: is truncated", err), err

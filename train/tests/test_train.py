@@ -1,11 +1,14 @@
 """Training as a user runs it: from recordings to a checkpoint, killed and resumed, and its error messages."""
 
 import contextlib
+import errno
 import io
 import json
 import os
+import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -20,14 +23,15 @@ from test_dataset import configured, recorded
 from writing import COMMAND, episode, write
 
 import train
-from config import dump, load
+from config import Config, dump, load
 from dataset.cache import load_dataset
-from faults import Fault, Stopped
+from faults import Fault, Stopped, exit_with_message
 from policy import pretrained
 from policy.runner import Policy
-from training import run_folder
+from training import precision, run_folder
 from training.processes import Processes, choose_device
 from training.run import Run
+from training.run_folder import held
 
 SCRIPT = Path(train.__file__)
 SHARED = Path(__file__).parents[3] / "shared/bags"
@@ -43,6 +47,7 @@ TINY = (
     "training.save_every=5",
     "training.evaluate_every=6",
     "training.device=cpu",
+    "training.precision=fp32",
 )
 
 
@@ -103,6 +108,7 @@ def test_from_recordings_to_a_policy(tmp_path: Path) -> None:
     dry = run("training.steps=70", "--dry-run", "--config", path, "data.fps=20")
     assert "2 recordings, 2 episodes" in dry.stdout and "cache" in dry.stdout and not (tmp_path / "run").exists()
     done = run("--config", path)
+    assert re.match(r"device  cpu, .*1 processes\nnumbers fp32: as set\n", done.stdout), "the first lines"
     last = tmp_path / "run/checkpoint_000040"
     assert f"policy: {last}/pretrained_model" in done.stdout
     best = json.loads((tmp_path / "run/best.json").read_text())
@@ -307,6 +313,93 @@ def test_exit_code_3_after_skipped_recordings(tmp_path: Path) -> None:
     done = run("--config", path, "data.on_bad_bag=skip", check=False)
     assert done.returncode == 3 and "data.on_bad_bag=skip: skipped 1 recordings" in done.stdout
     assert "episode_1.mcap: damaged" in done.stdout and "policy: " in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("wanted", "speed", "chosen", "words"),
+    [
+        ("auto", 1.3, "bf16", "bf16 is 1.3 times as fast as fp32 on this CPU"),
+        ("auto", 1.29, "fp32", "bf16 is 1.3 times"),
+        ("auto", 0.1, "fp32", "bf16 is 0.1 times"),
+        ("bf16", 0.1, "bf16", "0.1 times as fast as fp32 on this CPU; warning: fp32 is faster"),
+        ("fp32", 9.0, "fp32", "as set"),
+    ],
+)
+def test_precision_on_a_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wanted: str, speed: float, chosen: str, words: str
+) -> None:
+    config, cpu = configured(tmp_path, f"training.precision={wanted}"), torch.device("cpu")
+    monkeypatch.setattr(precision, "bf16_speed", lambda _: speed)
+    name, why = precision.choose_precision(config, cpu, Processes())
+    assert name == chosen and words in why
+
+
+def test_a_resumed_run_keeps_its_precision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tiny(recorded(tmp_path, 2), "data.validation_fraction=0", "training.precision=auto", "training.steps=5")
+    monkeypatch.setattr(precision, "bf16_speed", lambda _: 2.0)
+    assert "numbers bf16: bf16 is 2 times" in run("--config", path).stdout
+    monkeypatch.setattr(precision, "bf16_speed", lambda _: 0.1)
+    assert "numbers bf16: as in checkpoint_000005" in run("--config", path, "training.steps=10").stdout
+    fp32 = trained(path, "training.steps=10", f"output_dir={tmp_path}/fp32")
+    ours, other = (
+        load_file(last / "pretrained_model/model.safetensors") for last in (tmp_path / "run/checkpoint_000010", fp32)
+    )
+    assert any(not other[name].equal(ours[name]) for name in ours), "and uses it"
+
+
+def test_bf16_is_measured_on_this_cpu_in_a_moment() -> None:
+    assert 0.02 < precision.bf16_speed(Config()) < 4
+
+
+def test_a_gpu_that_only_emulates_bf16_trains_in_fp32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    chosen = precision.choose_precision(configured(tmp_path), torch.device("cuda"), Processes())
+    assert chosen == ("fp32", "this GPU has no bf16 units")
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
+    path = tiny(recorded(tmp_path, 2))
+    with held(tmp_path / "run"):
+        done = run("--config", path, check=False)
+        assert done.returncode == 1
+        owner = f"in use by process {os.getpid()} on {socket.gethostname()}"
+        assert f"error: output_dir: {tmp_path}/run: {owner}; wait for it" in done.stderr
+        assert not list((tmp_path / "run").glob("[!.]*")), "nothing is written"
+    assert run("--config", path).returncode == 0, "a folder whose owner is gone is free"
+
+
+def test_other_steps_under_cosine_are_told(tmp_path: Path) -> None:
+    path = tiny(recorded(tmp_path, 2), "data.validation_fraction=0", "training.schedule=cosine", "training.steps=5")
+    run("--config", path)
+    assert "note: training.steps: 6 now, 5 before: the cosine" in run("--config", path, "training.steps=6").stdout
+
+
+def test_missing_imagenet_weights_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    path = tiny(recorded(tmp_path, 2), "model.pretrained_backbone=true")
+    file = tmp_path / "torch/hub/checkpoints/resnet18-f37072fd.pth"
+    done = run("--config", path, check=False)
+    assert done.returncode == 1 and f"{file}: missing" in done.stderr, done.stderr
+    file.write_bytes(b"half")
+    done = run("--config", path, check=False)
+    assert done.returncode == 1 and f"{file}: damaged" in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            OSError(errno.ENOSPC, "No space left on device", "/x/y"),
+            "error: /x/y: No space left on device; disk full or ",
+        ),
+        (OSError(errno.EISDIR, "Is a directory", "/x/y"), "error: /x/y: Is a directory"),
+        (ConnectionResetError("the other side hung up"), "error: the other side hung up"),
+    ],
+)
+def test_only_a_full_or_closed_disk_is_called_so(error: OSError, said: str) -> None:
+    with pytest.raises(SystemExit) as ended, exit_with_message():
+        raise error
+    assert str(ended.value.code).startswith(said) and ("disk full" in said) == ("disk full" in str(ended.value.code))
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")

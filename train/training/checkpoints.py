@@ -72,8 +72,8 @@ def save(state: TrainingState, normalizer: Normalizer, run: Run, validation_l1: 
         shutil.rmtree(writing, ignore_errors=True)
         (writing / "pretrained_model").mkdir(parents=True)
         (writing / "training_state").mkdir()
-        about = run.robot(state.step, state.held_out)
-        pretrained.save(writing / "pretrained_model", state.model, normalizer, run.config, about)
+        robot = run.robot(state.step, state.held_out)
+        pretrained.save(writing / "pretrained_model", state.model, normalizer, run.config, robot)
         tensors = {
             f"optimizer.{name}.{key}": value.contiguous()
             for name, p in _optimized(state)
@@ -83,8 +83,13 @@ def save(state: TrainingState, normalizer: Normalizer, run: Run, validation_l1: 
         save_file(tensors, writing / "training_state/state.safetensors")
         sizes = {str(path.relative_to(writing)): path.stat().st_size for path in files_of(writing)}
         settings = settings_to_keep(run)
-        resume = {"step": state.step, "validation_l1": validation_l1, "settings": settings, "files": sizes}
-        write_json(writing / RESUME, resume)
+        about: dict[str, Any] = {
+            "step": state.step,
+            "validation_l1": validation_l1,
+            "precision": f"{run.precision} on {run.device.type}",
+        }
+        about |= {"steps": run.config.training.steps, "settings": settings, "files": sizes}
+        write_json(writing / RESUME, about)
         for path in [*writing.rglob("*"), writing]:
             fsync(path)
         if final.exists():  # incomplete, else it would have been resumed
@@ -95,14 +100,14 @@ def save(state: TrainingState, normalizer: Normalizer, run: Run, validation_l1: 
         if best:
             unit = "standard deviations of the training actions"
             write_json(folder / BEST, {"checkpoint": best[0].name, "validation_l1": best[1], "unit": unit})
+        for old in complete_checkpoints(folder)[:-keep]:
+            if not best or old != best[0]:
+                shutil.rmtree(old.rename(old.with_name(f".{old.name}.tmp")), ignore_errors=True)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(writing, ignore_errors=True)
         newest = newest_checkpoint(folder)
         again = f"run the same command to resume from {newest.name}" if newest else "run the same command again"
         raise Fault(f"{final}: cannot write ({error}); free some space or set output_dir, then {again}") from None
-    for old in complete_checkpoints(folder)[:-keep]:
-        if not best or old != best[0]:
-            shutil.rmtree(old.rename(old.with_name(f".{old.name}.tmp")), ignore_errors=True)
 
 
 def restore(checkpoint: Path, state: TrainingState, run: Run) -> TrainingState:
@@ -128,6 +133,9 @@ def restore(checkpoint: Path, state: TrainingState, run: Run) -> TrainingState:
     if differ:
         advice = "restore the settings, or set another output_dir to start a new run"
         raise Fault(*differ, f"{checkpoint.parent}: cannot resume with other settings; {advice}")
+    training, steps = run.config.training, resume.get("steps")
+    if training.schedule == "cosine" and steps not in (None, training.steps):
+        print(f"note: training.steps: {training.steps} now, {steps} before: the cosine schedule's rates jump")
     state.model.load_state_dict({key.removeprefix("model."): value for key, value in weights.items()})
     _set_moments(state, lambda name, key, p: tensors[f"optimizer.{name}.{key}"])
     device = next(state.model.parameters()).device

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from act_model import ACT, load_imagenet_weights
+from act_model import ACT, IMAGENET_WEIGHTS, load_imagenet_weights
 from config import Config, Model, to_dict
 from dataset.batches import Dataset, Split
 from faults import Fault
@@ -29,15 +30,7 @@ class Run:
     dataset: Dataset
     device: torch.device = torch.device("cpu")
     processes: Processes = Processes()
-
-    @property
-    def precision(self) -> torch.dtype:
-        """The autocast type of training.precision; float32 means no autocast."""
-        wanted = self.config.training.precision
-        if wanted == "auto":
-            bf16 = self.device.type == "cuda" and torch.cuda.is_bf16_supported()
-            return torch.bfloat16 if bf16 else torch.float32
-        return {"fp32": torch.float32, "bf16": torch.bfloat16}[wanted]
+    precision: str = "fp32"  # or bf16
 
     def new_model(self) -> ACT:
         """The network with fresh weights."""
@@ -119,11 +112,12 @@ def set_first_weights(model: ACT, run: Run) -> None:
     elif config.model.pretrained_backbone and config.data.cameras:
         try:
             load_imagenet_weights(model)
-        except Exception as error:  # no network, a damaged file, a torchvision that does not fit torch
+        except Exception as error:  # no network, a damaged file
+            file = Path(torch.hub.get_dir(), "checkpoints", Path(IMAGENET_WEIGHTS).name)
+            problem = "damaged" if file.exists() else f"missing, and {IMAGENET_WEIGHTS} cannot be downloaded"
             raise Fault(
-                f"model.pretrained_backbone: cannot load the ImageNet weights ({type(error).__name__}: "
-                f"{' '.join(str(error).split())[:160]}); train once with a network, copy torchvision's resnet18 file to "
-                f"{torch.hub.get_dir()}/checkpoints, or set model.pretrained_backbone=false"
+                f"model.pretrained_backbone: {file}: {problem} ({type(error).__name__}: "
+                f"{' '.join(str(error).split())[:120]}); put the file there, or set model.pretrained_backbone=false"
             ) from None
 
 

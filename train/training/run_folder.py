@@ -9,9 +9,31 @@ import json
 import math
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from faults import Fault
+from files import LOCK, locked
+
 RESUME = "training_state/resume.json"  # written last; has the sizes of all other files
+
+
+@contextmanager
+def held(run: Path) -> Iterator[None]:
+    """Hold a run's folder, which is created: two runs would mix their checkpoints. Raises Fault."""
+    with ExitStack() as stack:
+        try:
+            run.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(run / LOCK, wait=False))
+        except Fault as fault:
+            raise fault.at("output_dir") from None
+        except OSError as error:
+            raise Fault(f"output_dir: cannot write to {run} ({error.strerror}); set another") from None
+        try:
+            yield
+        finally:
+            (run / LOCK).unlink(missing_ok=True)
 
 
 def checkpoint_name(step: int) -> str:
