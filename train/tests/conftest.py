@@ -4,6 +4,7 @@ import os
 import sys
 from pathlib import Path
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # else a thread that waits takes the core of the other test
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch reads it: as many tests run at once as there are cores
 
 import torch
