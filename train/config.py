@@ -75,7 +75,7 @@ class Data:
     image_size: tuple[int, int] = setting((240, 320), "height, width of the network's input", least=32, below=4097)
     cameras: dict[str, str] = setting(
         {"color": "/camera/color/image_raw"},
-        "name: topic of each camera (Image or CompressedImage); `{}` trains on the state alone",
+        "name: topic of each camera (Image, CompressedImage, H.264 or H.265 video); `{}` trains on the state alone",
     )
     state: tuple[Signal, ...] = setting((Signal("/joint_states", UR10E_JOINTS),), "the robot's readings to train on")
     action: Action = setting(Action(), "what the policy outputs")

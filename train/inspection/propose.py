@@ -197,7 +197,7 @@ def _cameras(shared: dict[str, Topic], left_out: dict[str, str]) -> Iterator[Top
     by_camera: dict[str, list[Topic]] = {}
     for name, topic in shared.items():
         if topic.types[0] in IMAGES:
-            reason = topic.pictures.unusable if topic.pictures else "no pictures"
+            reason = topic.pictures.unusable if topic.pictures else topic.not_understood or "no pictures"
             if not reason and topic.read < LEAST_MESSAGES:
                 reason = f"{topic.read} pictures are no camera"
             if reason:

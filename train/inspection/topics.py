@@ -6,11 +6,13 @@ Pictures are decoded only where they are looked at, and three of them are kept.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import io
 import math
 import struct
 from array import array
 from collections import Counter
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import cv2
@@ -21,7 +23,8 @@ from faults import Fault
 from recordings.bags import Message, plain
 from recordings.images import CHANNELS, is_depth, is_truncated, no_picture, resize, to_rgb
 from recordings.plausibility import period_ns
-from recordings.signals import IMAGES, JOINT_STATE, choose_clock
+from recordings.signals import IMAGES, JOINT_STATE, choose_clock, header_stamp
+from recordings.video import Video, codec, rgb
 
 STAMP_END = 12  # of a message with a header: 4 bytes of CDR or ROS 1, then the stamp
 GAP_PERIODS = 2.5  # a longer pause is a gap
@@ -128,7 +131,7 @@ class Measure:
                 self.not_understood = str(fault)  # perhaps another release's; nobody may need it
             return
         content = message.content()
-        self.header[-1] = content.header.stamp.sec * SECOND + content.header.stamp.nanosec
+        self.header[-1] = header_stamp(content)
         if message.msgtype in IMAGES:
             self.pictures.add(content, raw, message)
             return
@@ -196,7 +199,7 @@ class Measure:
             in_order=bool(np.all(np.diff(headers) >= 0)) if len(headers) else None,
             joints=tuple(self._joints(start_ns)),
             publishers=tuple({frozenset(names): names for names in reversed(self.joints) if names}.values())[::-1],
-            pictures=self.pictures.measured(start_ns) if self.pictures.kinds else None,
+            pictures=self.pictures.measured(start_ns) if self.pictures.kinds or self.pictures.unusable else None,
         )
 
     def _joints(self, start_ns: int) -> list[Joint]:
@@ -237,11 +240,15 @@ class _Pictures:
         self.unusable = ""
         self.bytes = self.looked_at = self.black = 0
         self.kept: list[Picture] = []  # the first, and at least one near the middle; at_s in ns
-        self.end: tuple[int, Any] | None = None  # the last picture, not decoded
+        self.end: tuple[int, Callable[[], np.ndarray]] | None = None  # the last picture, not decoded
+        self.video: Video | None = None
 
     def add(self, content: Any, raw: bytes, message: Message) -> None:
-        number, total = message.number, self.declared
+        number = message.number
         self.bytes += len(raw)
+        if name := codec(content):
+            self._add_video(name, content.data.tobytes(), message)
+            return
         kind, is_color = _kind(content)
         self.kinds[kind] += 1
         end = max(STAMP_END, len(raw) - 4096)  # compared first: most likely to differ
@@ -257,23 +264,49 @@ class _Pictures:
                     raise
         if not is_color or not self.decoded:
             return
-        doubling = 1 << max(0, number.bit_length() - 5)  # without a metadata.yaml the total is unknown
         is_small = len(raw) < 0.4 * self.bytes / (number + 1)  # as a black picture is, compressed
-        if (
-            number % (max(1, total // LOOKED_AT) if total else doubling) == 0
-            or is_small
-            or hasattr(content, "encoding")
-        ):
+        look, keep = self._samples(number)
+        if look or is_small or hasattr(content, "encoding"):
             self.looked_at += 1
             self.black += bool(_brightness(content) < BLACK)
-        if number in (0, total // 2) if total else number % (4 * doubling) == 0:
+        if keep:
             self.kept.append(Picture(message.receive_ns, _small(to_rgb(content))))
-        self.end = message.receive_ns, content
+        self.end = message.receive_ns, lambda: to_rgb(content)
+
+    def _samples(self, number: int) -> tuple[bool, bool]:
+        """Whether to look at a picture by its number, and whether to keep it."""
+        doubling = 1 << max(0, number.bit_length() - 5)  # without a metadata.yaml the total is unknown
+        if not self.declared:
+            return number % doubling == 0, number % (4 * doubling) == 0
+        return number % max(1, self.declared // LOOKED_AT) == 0, number in (0, self.declared // 2)
+
+    def _add_video(self, name: str, data: bytes, message: Message) -> None:
+        """Decode a message of video, as all that follow need it."""
+        if self.video is None:
+            self.video = Video(name)
+            self.unusable = f"{self.video.name} video without a key frame"
+        try:
+            if self.kinds and not self.decoded:
+                self.kinds[next(iter(self.kinds))] += self.video.holds_picture(data)
+                return
+            for _, frame in self.video.decode(message.number, data):
+                look, keep = self._samples(self.kinds.total())
+                self.kinds[f"{frame.width}x{frame.height} {self.video.name}"] += 1
+                self.unusable, pixels = "", rgb(frame) if look or keep else None
+                if look and pixels is not None:
+                    self.looked_at += 1
+                    self.black += bool(pixels.mean() < BLACK)
+                if keep and pixels is not None:
+                    self.kept.append(Picture(message.receive_ns, _small(pixels)))
+                self.end = message.receive_ns, functools.partial(rgb, frame)
+        except Fault as fault:
+            self.unusable = str(fault)
+            raise
 
     def finish(self) -> None:
         """Keep the last picture. Raises Fault if it does not decode."""
         if self.end and self.end[0] > (self.kept[-1].at_s if self.kept else -1):
-            self.kept.append(Picture(self.end[0], _small(to_rgb(self.end[1]))))
+            self.kept.append(Picture(self.end[0], _small(self.end[1]())))
 
     def measured(self, start_ns: int) -> Pictures:
         pictures = [*self.kept]

@@ -10,6 +10,7 @@ import os
 from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from typing import NamedTuple
 
 import numpy as np
@@ -17,9 +18,10 @@ import numpy as np
 from config import Data, Signal
 from faults import Fault
 from recordings.bags import Bag, Message, read_messages
-from recordings.images import at_size
+from recordings.images import at_size, resize
 from recordings.plausibility import Ticks, bunches, echo_age, jumps, period_ns
 from recordings.signals import Series, Source, read_series
+from recordings.video import Video, codec, rgb
 
 WORTH_A_NOTE_NS = 500_000_000
 DECODERS = os.cpu_count() or 1  # threads that decode pictures; OpenCV releases the GIL
@@ -90,7 +92,7 @@ def cut(name: str, series: dict[Source, Series], data: Data) -> Recording:
             dropped += 1
             continue
         action = target[start:stop] - state[start:stop] if data.action.as_ == "delta" else target[start:stop]
-        frames = {camera: newest[topic][start:stop] for camera, topic in data.cameras.items()}
+        frames = {camera: series[topic].numbers[newest[topic][start:stop]] for camera, topic in data.cameras.items()}
         rows = state[start:stop].astype(np.float32), action.astype(np.float32)
         episodes.append(Episode(ticks[start:stop], *rows, frames))
     if dropped:
@@ -184,7 +186,11 @@ def _unused(series: dict[Source, Series], data: Data) -> list[str]:
     """Notes on messages of other joints, and on time in which a topic had not begun or had ended."""
     begin = min(one.stamps[0] for one in series.values())
     end = max(one.stamps[-1] for one in series.values())
-    notes = [f"{one.topic}: skipped {one.skipped} messages of other joints" for one in series.values() if one.skipped]
+    notes = [
+        f"{one.topic}: skipped {one.skipped} messages {'of other joints' if one.names else 'without a picture to begin with'}"
+        for one in series.values()
+        if one.skipped
+    ]
     for source, one in series.items():
         late, early = int(one.stamps[0] - begin), int(end - one.stamps[-1])
         if late > WORTH_A_NOTE_NS:
@@ -246,29 +252,59 @@ def read_frames(
     native: dict[str, tuple[int, int]] = {}
     row_of = {topic: {int(number): row for row, number in enumerate(numbers)} for topic, numbers in wanted.items()}
 
-    def decode(message: Message, row: int) -> tuple[Message, tuple[int, int]]:
+    videos: dict[str, Video | None] = {}
+    kept: Counter[str] = Counter()
+
+    def decode(message: Message, video: Video | None, is_end: bool = False) -> tuple[Message, list[tuple[int, int]]]:
+        """Keep the picture of a message, or what its video shows with it or, at the end, after it; their sizes."""
+        topic, rows, shapes = message.topic, row_of[message.topic], []
         try:
-            pixels, shape = at_size(message.content(), size)
+            content = message.content()
+            if video:
+                frames = video.decode(message.number, None if is_end else content.data.tobytes())
+                pictures = [(n, resize(rgb(f), size), (f.height, f.width)) for n, f in frames if n in rows]
+            else:
+                pictures = [(message.number, *at_size(content, size))]
+            for number, pixels, shape in pictures:
+                keep(topic, rows[number], pixels)
+                shapes.append(shape)
         except Fault as fault:
             raise fault.at(message.place) from None
-        keep(message.topic, row, pixels)
-        return message, shape
+        return message, shapes
 
-    def finish(job: Future[tuple[Message, tuple[int, int]]]) -> None:
-        message, shape = job.result()
-        first = native.setdefault(message.topic, shape)
-        if first != shape:
-            sizes = f"is {shape[1]}x{shape[0]}, earlier pictures {first[1]}x{first[0]}"
-            raise Fault(f"{message.place}: {sizes}; expected one size in a recording; remove it")
+    def finish(job: Future[tuple[Message, list[tuple[int, int]]]]) -> None:
+        message, shapes = job.result()
+        kept[message.topic] += len(shapes)
+        for shape in shapes:
+            first = native.setdefault(message.topic, shape)
+            if first != shape:
+                sizes = f"is {shape[1]}x{shape[0]}, earlier pictures {first[1]}x{first[0]}"
+                raise Fault(f"{message.place}: {sizes}; expected one size in a recording; remove it")
 
-    pending: deque[Future[tuple[Message, tuple[int, int]]]] = deque()
-    with ThreadPoolExecutor(DECODERS) as pool:
+    pending: deque[Future[tuple[Message, list[tuple[int, int]]]]] = deque()
+    last: dict[str, Message] = {}
+    with ExitStack() as stack:
+        of_pictures = stack.enter_context(ThreadPoolExecutor(DECODERS))
+        pools: dict[str, ThreadPoolExecutor] = {}
         for message in read_messages(bag, wanted):
-            row = row_of[message.topic].get(message.number)
-            if row is not None:
-                pending.append(pool.submit(decode, message, row))
+            topic = message.topic
+            if topic not in videos:
+                name = codec(message.content())
+                videos[topic] = Video(name) if name else None
+                pools[topic] = stack.enter_context(ThreadPoolExecutor(1)) if name else of_pictures  # in order
+            if videos[topic] or message.number in row_of[topic]:
+                pending.append(pools[topic].submit(decode, message, videos[topic]))
+                last[topic] = message
             if len(pending) > 4 * DECODERS:  # bounds the memory
                 finish(pending.popleft())
+        pending += [pools[topic].submit(decode, last[topic], video, True) for topic, video in videos.items() if video]
         while pending:
             finish(pending.popleft())
+    faults = [
+        f"{bag.name}: {topic}: {len(rows) - kept[topic]} messages show no picture; cut the recording, or remove it"
+        for topic, rows in row_of.items()
+        if kept[topic] < len(rows)
+    ]
+    if faults:
+        raise Fault(*faults)
     return native

@@ -17,6 +17,7 @@ import numpy as np
 from config import Signal
 from faults import Fault
 from recordings.bags import Bag, Message, read_messages
+from recordings.video import PACKET, VIDEO, Video, codec
 
 MAX_SKEW_NS = 1_000_000_000  # a header stamp this far from its receive stamp is on another clock
 GREATEST = float(np.finfo(np.float32).max)
@@ -25,7 +26,7 @@ STAMP, STAMP_END = struct.Struct("<iI"), 12  # a header's, behind 4 bytes of CDR
 JOINT_STATE, TRAJECTORY = "sensor_msgs/msg/JointState", "trajectory_msgs/msg/JointTrajectory"
 NAMES = {JOINT_STATE: "name", TRAJECTORY: "joint_names"}
 USUAL_FIELD = {JOINT_STATE: "position", TRAJECTORY: "points.0.positions"}
-IMAGES = ("sensor_msgs/msg/Image", "sensor_msgs/msg/CompressedImage")
+IMAGES = ("sensor_msgs/msg/Image", "sensor_msgs/msg/CompressedImage", VIDEO, PACKET)
 Source = Signal | str  # a signal, or the topic of a camera
 
 
@@ -47,6 +48,7 @@ class Series(NamedTuple):
     names: tuple[str, ...]  # of the K numbers
     skipped: int  # messages of its topic that no signal takes
     plans: Plans | None = None
+    numbers: np.ndarray = np.zeros(0, np.int64)  # (M,) of a camera's messages in the topic; empty for a signal
 
     def at(self, ticks: np.ndarray, messages: np.ndarray) -> np.ndarray:
         """The numbers (N, K) at ticks (N,) int64 ns by the messages (N,) that are in force then."""
@@ -134,6 +136,12 @@ def _fall(stamps: np.ndarray) -> str:
     return f"at message {at + 1} by a step of {(np.median(steps) - steps[at]) / 1e9:.3f} s" if is_fall else ""
 
 
+def header_stamp(content: Any) -> int:
+    """The stamp of a message's header in ns, or foxglove's own; 0 if it has none."""
+    stamp: Any = getattr(getattr(content, "header", content), "stamp", getattr(content, "timestamp", None))
+    return int(stamp.sec * 10**9 + stamp.nanosec) if hasattr(stamp, "nanosec") else 0
+
+
 class _Layout(NamedTuple):
     """Where the numbers of a parsed message are: one that differs only in stamp and arrays needs no parsing."""
 
@@ -180,6 +188,8 @@ class _Reader:
         self.order: list[int] = []  # where the signal's numbers are in the message
         self.rows = array("d")  # flat: a list of arrays needs six times the memory
         self.first, self.after_ns = array("q", [0]), array("q")  # of trajectories
+        self.numbers = array("q")
+        self.video: Video | None = None
         self.faults: list[str] = []
         self.first_skipped = ""
 
@@ -195,7 +205,8 @@ class _Reader:
                 values = layout.numbers.unpack_from(raw, layout.offset)
                 self.rows.extend([values[i] for i in layout.order])
                 seconds, nanoseconds = STAMP.unpack_from(raw, 4)
-                self._stamp(message.receive_ns, seconds, nanoseconds)
+                self.receive.append(message.receive_ns)
+                self.header.append(seconds * 10**9 + nanoseconds)
                 return True
         content, picked = message.content(), None
         if self.signal:
@@ -207,16 +218,26 @@ class _Reader:
                 return False
             picked = self._add_numbers(self.signal, message.msgtype, content, joints)
         elif message.msgtype not in IMAGES:
-            raise Fault(f"is a {message.msgtype}; a camera needs {' or '.join(IMAGES)}; give another topic")
-        stamp = getattr(getattr(content, "header", None), "stamp", None)
-        self._stamp(message.receive_ns, *((stamp.sec, stamp.nanosec) if stamp else (0, 0)))
+            raise Fault(f"is a {message.msgtype}; a camera needs {', '.join(IMAGES)}; give another topic")
+        elif not self._is_picture(content):
+            self.first_skipped = (
+                self.first_skipped
+                or f"{message.place}: {self.video and self.video.name} video without a key frame; record it with some"
+            )
+            return False
+        else:
+            self.numbers.append(message.number)
+        self.receive.append(message.receive_ns)
+        self.header.append(header_stamp(content))
         if picked is not None:
             self._learn(raw, content, picked)
         return True
 
-    def _stamp(self, receive_ns: int, seconds: int, nanoseconds: int) -> None:
-        self.receive.append(receive_ns)
-        self.header.append(seconds * 10**9 + nanoseconds)
+    def _is_picture(self, content: Any) -> bool:
+        """Whether a camera's message can be shown: of video, none before the first key frame. Raises Fault."""
+        if self.video is None and (name := codec(content)):
+            self.video = Video(name)
+        return self.video is None or self.video.holds_picture(content.data.tobytes())
 
     def _learn(self, raw: bytes, content: Any, picked: Any) -> None:
         self.parsed += 1
@@ -226,7 +247,7 @@ class _Reader:
         self.layouts += [layout] if layout else []
 
     def only_other_joints(self) -> list[str]:
-        """The fault of a signal whose messages all are of other joints."""
+        """The fault of a signal whose messages all are of other joints, or of video that never begins."""
         return [self.first_skipped] if self.first_skipped and not self.receive else []
 
     def series(self, skipped: int) -> Series:
@@ -245,7 +266,7 @@ class _Reader:
                 f"({bad.any(1).sum()} such messages); expected finite float32 numbers; cut the recording or leave this "
                 "joint out"
             )
-        return Series(self.topic, stamps, clock, rows, self.names, skipped, plans)
+        return Series(self.topic, stamps, clock, rows, self.names, skipped, plans, np.array(self.numbers, np.int64))
 
     def _add_numbers(self, signal: Signal, msgtype: str, content: Any, joints: list[str]) -> Any:
         """Append the numbers of a message, whose joints have these names; the array they are in. Raises Fault."""
