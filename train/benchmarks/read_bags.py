@@ -1,13 +1,14 @@
-"""From bags to a ready cache, against bare decoding of the same pictures on two threads, in turn; then inspecting them.
+"""From bags to a ready cache, against bare decode, resize and encode of the same pictures on two threads, in turn; then inspecting.
 
     python benchmarks/read_bags.py                 1 GB of JPEG bags: 640x480 pictures at 30 Hz, joints at 100 Hz
     python benchmarks/read_bags.py --joint-hz 500  joints as fast as a UR10e's driver can send them
 
-Bare is cv2.imdecode and cv2.resize to the training size, BGR as they come, of pictures that lie in memory, on two threads that
-share nothing. Ours finds the bag, checks it, reads the joints, aligns, decodes to RGB, resizes and writes the cache. Each bag
+Bare is cv2.imdecode, cv2.resize to the training size and cv2.imencode, of pictures that lie in memory, on two threads that share
+nothing. Ours finds the bag, checks it, reads the joints, aligns, decodes, resizes, encodes and writes the cache. Each bag
 is done by both, one after the other, in an order that changes from bag to bag; the rates are over all bags. Then
-inspect_bags.py and train.py --dry-run run on all bags, each in a process of its own, whose greatest memory is told. It needs disk for the
-bags and four times their size for the cache, in the temporary folder (TMPDIR), and leaves nothing there.
+inspect_bags.py and train.py --dry-run run on all bags, each in a process of its own, whose greatest memory is told. It needs disk
+for the bags and their cache in the temporary folder (TMPDIR), and leaves nothing there. The pictures are crops that pan over a
+drawn photograph: noise of all scales, as in nature, flat shapes with edges, and a sensor's noise.
 """
 
 from __future__ import annotations
@@ -33,22 +34,43 @@ from writing import CAMERA, JOINTS, START, STATE, STORES, joint_state, make
 
 from config import load
 from dataset.cache import load_dataset
+from recordings.images import QUALITY, decode, encode, resize
 
 TRAIN = Path(__file__).parents[1]
 BAGS, SIZE, PICTURES = 8, (240, 320), 64
 TYPES = {STATE: "sensor_msgs/msg/JointState", CAMERA: "sensor_msgs/msg/CompressedImage"}
 
 
+def photograph(height: int = 960, width: int = 1280) -> np.ndarray:
+    """A drawing (height, width, 3) float with a photograph's spectrum: amplitudes fall as 1 / frequency."""
+    random, pixels = np.random.default_rng(0), np.full((height, width, 3), 110.0)
+    for cells in (4, 8, 16, 32, 64, 128, 256, 512):
+        noise = random.normal(0, 160 / cells, (cells * 3 // 4, cells, 3))
+        pixels += cv2.resize(noise, (width, height), interpolation=cv2.INTER_CUBIC)
+    for _ in range(60):
+        center = int(random.integers(width)), int(random.integers(height))
+        axes, color = tuple(int(x) for x in random.integers(10, 120, 2)), random.integers(0, 256, 3).tolist()
+        shade = cv2.ellipse(np.zeros((height, width), np.uint8), center, axes, int(random.integers(180)), 0, 360, 1, -1)
+        pixels[shade > 0] = 0.3 * pixels[shade > 0] + 0.7 * np.array(color)
+    return pixels
+
+
 def pictures() -> list[np.ndarray]:
-    """Different JPEGs of 640x480, as large as those of a camera that sees a room (60 to 70 kB)."""
-    random = np.random.default_rng(0)
-    found = []
-    for _ in range(PICTURES):
-        coarse = random.integers(0, 256, (15, 20, 3), dtype=np.uint8)
-        pixels = cv2.resize(coarse, (640, 480), interpolation=cv2.INTER_CUBIC).astype(np.int16)
-        pixels = (pixels + random.normal(0, 6, pixels.shape)).clip(0, 255).astype(np.uint8)
+    """Different JPEGs of 640x480 at quality 85."""
+    scene, random, found = photograph(), np.random.default_rng(1), []
+    for i in range(PICTURES):
+        y, x = 480 * i // PICTURES, 640 * i // PICTURES
+        pixels = (scene[y : y + 480, x : x + 640] + random.normal(0, 2, (480, 640, 3))).clip(0, 255).astype(np.uint8)
         found.append(cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, 85])[1].ravel())
     return found
+
+
+def pixel_error(jpegs: list[np.ndarray]) -> float:
+    """What encoding a picture of the training size costs, the mean of all pixels, of 255."""
+    decoded = (decode(jpeg.tobytes()) for jpeg in jpegs)
+    resized = [resize(pixels, SIZE) for pixels in decoded if pixels is not None]
+    again = [decode(encode(pixels)) for pixels in resized]
+    return float(np.abs(np.array(again, np.float32) - resized).mean())
 
 
 def record(folder: Path, frames: list[np.ndarray], number: int, size: float, joint_hz: int) -> None:
@@ -66,7 +88,7 @@ def record(folder: Path, frames: list[np.ndarray], number: int, size: float, joi
 
 
 def bare(bag: Path) -> tuple[float, int]:
-    """Seconds to decode and resize the bag's pictures, and how many there are."""
+    """Seconds to decode, resize and encode the bag's pictures, and how many there are."""
     (file,) = bag.glob("*.mcap")
     with rosbag2.Reader(file) as reader:
         wanted = [c for c in reader.connections if c.topic == CAMERA]
@@ -77,7 +99,8 @@ def bare(bag: Path) -> tuple[float, int]:
         for jpeg in mine:
             pixels = cv2.imdecode(jpeg, cv2.IMREAD_COLOR)
             assert pixels is not None
-            cv2.resize(pixels, SIZE[::-1], interpolation=cv2.INTER_AREA)
+            pixels = cv2.resize(pixels, SIZE[::-1], interpolation=cv2.INTER_AREA)
+            cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, QUALITY])
 
     threads = [threading.Thread(target=work, args=(jpegs[half::2],)) for half in (0, 1)]
     start = time.perf_counter()
@@ -100,15 +123,15 @@ def settings(bags: Path, cache: Path) -> list[str]:
     ]
 
 
-def ours(bag: Path, cache: Path) -> tuple[float, int]:
-    """Seconds from the bag to its cache, and how many pictures are in it."""
+def ours(bag: Path, cache: Path) -> tuple[float, int, int]:
+    """Seconds from the bag to its cache, how many pictures are in it, and its bytes."""
     config = load(None, settings(bag, cache))
     start = time.perf_counter()
     dataset = load_dataset(config)
     elapsed = time.perf_counter() - start
-    frames = int(dataset.train.frames["color"].row.max()) + 1
+    frames = len(np.unique(dataset.train.frames["color"].span, axis=0))
     shutil.rmtree(cache)
-    return elapsed, frames
+    return elapsed, frames, dataset.cache_bytes
 
 
 def script(name: str, *arguments: str | Path) -> str:
@@ -135,14 +158,14 @@ def main() -> None:
         for i, bag in enumerate(tqdm(bags, desc="recording", unit="bag")):
             record(bag, frames, i, arguments.gigabytes * 1e9 / BAGS, arguments.joint_hz)
         size = sum(file.stat().st_size for bag in bags for file in bag.iterdir())
-        totals = {"bare": np.zeros(2), "ours": np.zeros(2)}
+        totals = {"bare": np.zeros(2), "ours": np.zeros(3)}
         ratios = []
         for i, bag in enumerate(bags):
             turns = ("bare", "ours") if i % 2 else ("ours", "bare")
             times = {name: bare(bag) if name == "bare" else ours(bag, Path(folder, "cache")) for name in turns}
             for name in turns:
                 totals[name] += times[name]
-            rate = {name: count / seconds for name, (seconds, count) in times.items()}
+            rate = {name: count / seconds for name, (seconds, count, *_) in times.items()}
             ratios.append(rate["ours"] / rate["bare"])
             print(f"bag {i}: {rate['bare']:6.0f} pictures/s bare, {rate['ours']:6.0f} to the cache, {ratios[-1]:.0%}")
         configured = settings(Path(folder), Path(folder, "cache"))
@@ -152,12 +175,13 @@ def main() -> None:
             "inspected, with pictures": script("inspect_bags.py", folder),
             "read for training": script("train.py", "--dry-run", *configured),
         }
-    rate = {name: count / seconds for name, (seconds, count) in totals.items()}
+    rate = {name: count / seconds for name, (seconds, count, *_) in totals.items()}
     print(
         f"{size / 1e9:.2f} GB, {totals['ours'][1]:.0f} pictures of {np.mean([f.size for f in frames]) / 1e3:.0f} kB: bare "
         f"{rate['bare']:.0f} pictures/s, to the cache {rate['ours']:.0f} ({size / totals['ours'][0] / 1e6:.0f} MB/s of bags), "
         f"{rate['ours'] / rate['bare']:.0%} of bare; by bag {min(ratios):.0%} to {max(ratios):.0%}"
     )
+    print(f"cache: {totals['ours'][2] / size:.2f} of the bags; encoding costs {pixel_error(frames):.2f} of 255 a pixel")
     for what, figures in scripts.items():
         print(f"{what}: {figures}")
 

@@ -7,9 +7,11 @@ descriptors, and a truncated file would be a bus error, not a message.
 from __future__ import annotations
 
 import functools
+import os
 import queue
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,9 +22,11 @@ from torch import Tensor
 from config import Config
 from dataset.normalize import Normalizer, imagenet, moments
 from faults import Fault
+from recordings.images import decode
 from recordings.plausibility import Ticks
 
 PREFETCH = 4  # batches made ahead
+MOST_DECODERS = 16
 
 
 class Batch(NamedTuple):
@@ -48,17 +52,27 @@ class Batch(NamedTuple):
 class Frames(NamedTuple):
     """The picture of one camera at each of N ticks."""
 
-    files: list[Path]  # of raw pictures, one for each recording
+    files: list[Path]  # of JPEGs, one for each recording
     file: np.ndarray  # (N,) int32, index into files
-    row: np.ndarray  # (N,) int64, index of the picture in its file
+    span: np.ndarray  # (N, 2) int64, where the picture begins in its file, and its bytes
 
     def read(self, tick: int, out: np.ndarray) -> None:
-        """Fill out (H, W, 3) uint8."""
-        file = self.files[self.file[tick]]
+        """Fill out (H, W, 3) uint8. Raises Fault if the picture is damaged."""
+        file, (begin, size) = self.files[self.file[tick]], self.span[tick]
         with file.open("rb", buffering=0) as content:
-            content.seek(int(self.row[tick]) * out.nbytes)
-            if content.readinto(out.data) != out.nbytes:
-                raise Fault(f"{file}: is truncated; run the same command to resume")
+            content.seek(begin)
+            jpeg = content.read(size)
+        pixels = decode(jpeg) if len(jpeg) == size else None
+        if pixels is None or pixels.shape != out.shape:
+            raise Fault(f"{file}: is truncated or damaged; delete its folder and run the same command to resume")
+        out[:] = pixels
+
+
+@functools.cache
+def _decoders() -> ThreadPoolExecutor:
+    """As many threads as this process may use cores; OpenCV releases the GIL."""
+    shared_by = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's processes on this machine
+    return ThreadPoolExecutor(max(1, min(MOST_DECODERS, len(os.sched_getaffinity(0)) // shared_by)), "decode")
 
 
 class Split(NamedTuple):
@@ -74,16 +88,20 @@ class Split(NamedTuple):
     chunk_size: int  # T
     image_size: tuple[int, int]  # height, width
 
-    def gather(self, ticks: np.ndarray) -> Batch:
-        """The samples at ticks (B,)."""
+    def gather(self, ticks: np.ndarray, pin: bool = False) -> Batch:
+        """The samples at ticks (B,); `pin` puts them where a GPU can fetch them."""
         reach = ticks[:, None] + np.arange(self.chunk_size)
         end = self.end[ticks][:, None]
         images = None
         if self.frames:
-            images = torch.empty(len(ticks), len(self.frames), *self.image_size, 3, dtype=torch.uint8)
-            for c, frames in enumerate(self.frames.values()):
-                for b, tick in enumerate(ticks):
-                    frames.read(tick, images[b, c].numpy())
+            images = torch.empty(len(ticks), len(self.frames), *self.image_size, 3, dtype=torch.uint8, pin_memory=pin)
+            reads = [
+                _decoders().submit(frames.read, tick, images[b, c].numpy())
+                for c, frames in enumerate(self.frames.values())
+                for b, tick in enumerate(ticks)
+            ]
+            for read in reads:
+                read.result()
         return Batch(
             torch.from_numpy(self.state[ticks]),
             images,
@@ -117,7 +135,7 @@ class Dataset(NamedTuple):
             for i, name in enumerate(split.names):
                 rows = slice(*np.searchsorted(split.recording, (i, i + 1)))
                 state, action, ends = split.state[rows], split.action[rows], np.unique(split.end[rows])
-                frames = {camera: frames.row[rows] for camera, frames in split.frames.items()}
+                frames = {camera: frames.span[rows, 0] for camera, frames in split.frames.items()}
                 lengths = np.diff(ends, prepend=rows.start).tolist()
                 target = action + state if delta else action
                 yield name, Ticks(state, target, frames, lengths, self.state_names, self.action_names)
@@ -149,9 +167,10 @@ def batches(
         chosen = np.array([order(p // ticks)[p % ticks] for p in range(step * total, (step + 1) * total)])
         real_steps = np.minimum(split.end[chosen] - chosen, split.chunk_size).sum() / world
         noise = np.random.default_rng((seed, step, 1)).standard_normal((total, config.model.latent_dim), np.float32)
-        return split.gather(chosen[share])._replace(
+        batch = split.gather(chosen[share], pin)._replace(
             noise=torch.from_numpy(noise[share]), real_steps=torch.tensor(real_steps, dtype=torch.float32)
         )
+        return batch.pin_memory() if pin else batch
 
     ready: queue.Queue[Batch | BaseException] = queue.Queue(PREFETCH)
     stop = threading.Event()
@@ -169,8 +188,7 @@ def batches(
             for step in range(first_step, config.training.steps):
                 if stop.is_set():
                     return
-                batch = make(step)
-                put(batch.pin_memory() if pin else batch)
+                put(make(step))
         except BaseException as error:
             put(error)
 

@@ -1,16 +1,14 @@
 """Recordings as training samples: read once into a cache on disk, split into training and held-out recordings.
 
-The cache has one folder for each version of the reading code. A cached recording is a folder in it: meta.json, state.npy, action.npy, and for each camera NAME.rgb (raw pictures at the training
-size) and NAME.npy (the picture of each tick).
+The cache has one folder for each version of the reading code. A cached recording is a folder in it: meta.json, state.npy, action.npy, and for each camera NAME.jpegs (its pictures at the training size, one after the other) and NAME.npy
+(where each tick's picture begins, and its bytes).
 """
 
 from __future__ import annotations
 
-import errno
 import functools
 import hashlib
 import json
-import os
 import shlex
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
@@ -31,6 +29,7 @@ from recordings.azure_blob import local_folder
 from recordings.bags import Bag, find_bags
 from recordings.episodes import Recording, read_frames, read_recording
 
+FORMAT = 2  # of a cached recording
 READER = "reader-"  # and a version: the cache of that version
 NOT_IN_THE_KEY = ("bag_dir", "cache_dir", "validation_fraction", "on_bad_bag")  # settings that change no sample
 
@@ -41,7 +40,7 @@ class Cached(NamedTuple):
     meta: dict[str, Any]
     state: np.ndarray  # (N, S) float32
     action: np.ndarray  # (N, A) float32
-    frames: dict[str, tuple[Path, np.ndarray]]  # camera: file of raw pictures, index of each tick's picture (N,)
+    frames: dict[str, tuple[Path, np.ndarray]]  # camera: file of pictures; begin and bytes of each tick's (N, 2)
 
 
 def load_dataset(config: Config, held_out: Collection[str] | None = None) -> Dataset:
@@ -125,8 +124,8 @@ def _split(recordings: dict[str, Cached], example: Cached, config: Config) -> Sp
     frames = {}
     for camera in example.frames:
         files = [recording.frames[camera][0] for recording in recordings.values()]
-        rows = [np.zeros(0, np.int64), *(recording.frames[camera][1] for recording in recordings.values())]
-        frames[camera] = Frames(files, index, np.concatenate(rows))
+        spans = [np.zeros((0, 2), np.int64), *(recording.frames[camera][1] for recording in recordings.values())]
+        frames[camera] = Frames(files, index, np.concatenate(spans))
     return Split(
         list(recordings),
         index,
@@ -142,14 +141,13 @@ def _split(recordings: dict[str, Cached], example: Cached, config: Config) -> Sp
 
 def _load(folder: Path, data: Data) -> Cached:
     """A recording from the cache. Raises Fault if it changed since it was written."""
-    height, width = data.image_size
     try:
         frames = {}
         for camera in data.cameras:
-            rows = np.load(folder / f"{camera}.npy")
-            frames[camera] = folder / f"{camera}.rgb", rows
-            if (folder / f"{camera}.rgb").stat().st_size != (rows.max() + 1) * height * width * 3:
-                raise ValueError(f"{camera}.rgb is truncated")
+            spans = np.load(folder / f"{camera}.npy")
+            frames[camera] = folder / f"{camera}.jpegs", spans
+            if (folder / f"{camera}.jpegs").stat().st_size != spans.sum(1).max():
+                raise ValueError(f"{camera}.jpegs is truncated")
         meta = json.loads((folder / "meta.json").read_text())
         return Cached(meta, np.load(folder / "state.npy"), np.load(folder / "action.npy"), frames)
     except (OSError, ValueError, EOFError) as error:
@@ -161,7 +159,9 @@ def _reader_version() -> str:
     """A hash of the code and the libraries that decide what is read from a bag."""
     room = Path(__file__).parents[1] / "recordings"
     code = b"".join(file.read_bytes() for file in sorted(room.glob("*.py")))
-    return hashlib.sha256(code + f"{cv2.__version__} {np.__version__} {version('rosbags')}".encode()).hexdigest()
+    return hashlib.sha256(
+        code + f"{FORMAT} {cv2.__version__} {np.__version__} {version('rosbags')}".encode()
+    ).hexdigest()
 
 
 def _cache_folder(bag: Bag, data: Data) -> Path:
@@ -207,11 +207,8 @@ def _cache_recording(bag: Bag, data: Data, folder: Path) -> None:
                 if not folder.exists():  # else another run was faster
                     raise
     except OSError as error:
-        height, width = data.image_size
-        ticks = sum(len(episode.state) for episode in recording.episodes)
         raise NoRoom(
-            f"{data.cache_dir}: cannot write the cache of {bag.name} ({error.strerror}); it needs up to "
-            f"{ticks * len(data.cameras) * height * width * 3 / 1e6:.0f} MB; free some space, or set data.cache_dir"
+            f"{data.cache_dir}: cannot write the cache of {bag.name} ({error.strerror}); free some space, or set data.cache_dir"
         ) from None
 
 
@@ -219,19 +216,21 @@ def _write_recording(bag: Bag, recording: Recording, hashes: dict[str, str], dat
     np.save(folder / "state.npy", np.concatenate([episode.state for episode in recording.episodes]))
     np.save(folder / "action.npy", np.concatenate([episode.action for episode in recording.episodes]))
     wanted: dict[str, np.ndarray] = {}
-    picture_bytes = data.image_size[0] * data.image_size[1] * 3
+    row: dict[str, np.ndarray] = {}  # of each tick, in `wanted`
     for camera, topic in data.cameras.items():
         messages = np.concatenate([episode.frames[camera] for episode in recording.episodes])
-        wanted[topic], rows = np.unique(messages, return_inverse=True)
-        np.save(folder / f"{camera}.npy", rows)
+        wanted[topic], row[topic] = np.unique(messages, return_inverse=True)
+    spans = {topic: np.zeros((len(numbers), 2), np.int64) for topic, numbers in wanted.items()}
     with ExitStack() as stack:
-        files = {t: stack.enter_context((folder / f"{camera}.rgb").open("wb")) for camera, t in data.cameras.items()}
+        files = {t: stack.enter_context((folder / f"{camera}.jpegs").open("wb")) for camera, t in data.cameras.items()}
 
-        def keep(topic: str, row: int, pixels: np.ndarray) -> None:
-            if os.pwrite(files[topic].fileno(), pixels.data, row * picture_bytes) < picture_bytes:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        def keep(topic: str, at: int, jpeg: bytes) -> None:
+            spans[topic][at] = files[topic].tell(), len(jpeg)
+            files[topic].write(jpeg)
 
         sizes = read_frames(bag, wanted, data.image_size, keep) if wanted else {}
+    for camera, topic in data.cameras.items():
+        np.save(folder / f"{camera}.npy", spans[topic][row[topic]])
     meta = {
         "episodes": [len(episode.state) for episode in recording.episodes],
         "notes": recording.notes,

@@ -18,13 +18,16 @@ import numpy as np
 from config import Data, Signal
 from faults import Fault
 from recordings.bags import Bag, Message, read_messages
-from recordings.images import at_size, resize
+from recordings.images import encode, jpeg_at_size, resize
 from recordings.plausibility import Ticks, bunches, echo_age, jumps, period_ns
 from recordings.signals import Series, Source, read_series
 from recordings.video import Video, codec, rgb
 
 WORTH_A_NOTE_NS = 500_000_000
 DECODERS = os.cpu_count() or 1  # threads that decode pictures; OpenCV releases the GIL
+
+
+Shown = tuple[int, bytes, tuple[int, int]]  # a picture: its message's number, its JPEG, its own height and width
 
 
 class Episode(NamedTuple):
@@ -243,11 +246,11 @@ def _runs(mask: np.ndarray) -> list[tuple[int, int]]:
 
 
 def read_frames(
-    bag: Bag, wanted: dict[str, np.ndarray], size: tuple[int, int], keep: Callable[[str, int, np.ndarray], None]
+    bag: Bag, wanted: dict[str, np.ndarray], size: tuple[int, int], keep: Callable[[str, int, bytes], None]
 ) -> dict[str, tuple[int, int]]:
     """Decode the wanted message numbers of each topic, increasing, and no others; each topic's height and width in the bag.
 
-    keep(topic, i, RGB (*size, 3) uint8) gets the picture of the i-th wanted number, from several threads, in any order.
+    keep(topic, i, JPEG of the size) gets the picture of the i-th wanted number, in the order in which they are decoded.
     """
     native: dict[str, tuple[int, int]] = {}
     row_of = {topic: {int(number): row for row, number in enumerate(numbers)} for topic, numbers in wanted.items()}
@@ -255,33 +258,29 @@ def read_frames(
     videos: dict[str, Video | None] = {}
     kept: Counter[str] = Counter()
 
-    def decode(message: Message, video: Video | None, is_end: bool = False) -> tuple[Message, list[tuple[int, int]]]:
-        """Keep the picture of a message, or what its video shows with it or, at the end, after it; their sizes."""
-        topic, rows, shapes = message.topic, row_of[message.topic], []
+    def decode(message: Message, video: Video | None, is_end: bool = False) -> tuple[Message, list[Shown]]:
+        """The picture of a message, or the wanted ones that its video shows with it or, at the end, after it."""
         try:
             content = message.content()
-            if video:
-                frames = video.decode(message.number, None if is_end else content.data.tobytes())
-                pictures = [(n, resize(rgb(f), size), (f.height, f.width)) for n, f in frames if n in rows]
-            else:
-                pictures = [(message.number, *at_size(content, size))]
-            for number, pixels, shape in pictures:
-                keep(topic, rows[number], pixels)
-                shapes.append(shape)
+            if not video:
+                return message, [(message.number, *jpeg_at_size(content, size))]
+            frames = video.decode(message.number, None if is_end else content.data.tobytes())
+            shown = [(number, frame) for number, frame in frames if number in row_of[message.topic]]
+            return message, [(n, encode(resize(rgb(frame), size)), (frame.height, frame.width)) for n, frame in shown]
         except Fault as fault:
             raise fault.at(message.place) from None
-        return message, shapes
 
-    def finish(job: Future[tuple[Message, list[tuple[int, int]]]]) -> None:
-        message, shapes = job.result()
-        kept[message.topic] += len(shapes)
-        for shape in shapes:
+    def finish(job: Future[tuple[Message, list[Shown]]]) -> None:
+        message, shown = job.result()
+        kept[message.topic] += len(shown)
+        for number, jpeg, shape in shown:
+            keep(message.topic, row_of[message.topic][number], jpeg)
             first = native.setdefault(message.topic, shape)
             if first != shape:
                 sizes = f"is {shape[1]}x{shape[0]}, earlier pictures {first[1]}x{first[0]}"
                 raise Fault(f"{message.place}: {sizes}; expected one size in a recording; remove it")
 
-    pending: deque[Future[tuple[Message, list[tuple[int, int]]]]] = deque()
+    pending: deque[Future[tuple[Message, list[Shown]]]] = deque()
     last: dict[str, Message] = {}
     with ExitStack() as stack:
         of_pictures = stack.enter_context(ThreadPoolExecutor(DECODERS))

@@ -42,7 +42,19 @@ AS_IT_IS = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
 # used for their bit; AS_IT_IS gives the color
 REDUCED = {8: cv2.IMREAD_REDUCED_GRAYSCALE_8, 4: cv2.IMREAD_REDUCED_GRAYSCALE_4, 2: cv2.IMREAD_REDUCED_GRAYSCALE_2}
 DEPTH = ("16UC1", "32FC1", "mono16", "compressedDepth", "rvl")
+QUALITY = 95  # of the cache's pictures
 PNG, BIT_DEPTH = b"\x89PNG\r\n\x1a\n", 24  # the byte of a PNG with its bits per channel
+
+
+def jpeg_at_size(message: Any, size: tuple[int, int]) -> tuple[bytes, tuple[int, int]]:
+    """An Image or CompressedImage message as a JPEG of a size, and its own height and width. Raises Fault.
+
+    A JPEG that has the size stays as it is.
+    """
+    pixels, native = at_size(message, size)
+    if native == size and not hasattr(message, "encoding") and message.data[:2].tobytes() == JPEG_BEGIN:
+        return message.data.tobytes(), native
+    return encode(pixels), native
 
 
 def at_size(message: Any, size: tuple[int, int]) -> tuple[np.ndarray, tuple[int, int]]:
@@ -54,6 +66,17 @@ def at_size(message: Any, size: tuple[int, int]) -> tuple[np.ndarray, tuple[int,
     exact = [by for by in REDUCED if native == (size[0] * by, size[1] * by)]
     pixels = to_rgb(message, exact[0] if exact else 1)
     return resize(pixels, size), native or (pixels.shape[0], pixels.shape[1])
+
+
+def encode(pixels: np.ndarray) -> bytes:
+    """(H, W, 3) uint8 RGB as a JPEG of QUALITY, color at half the resolution."""
+    bgr = cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR)
+    return cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, QUALITY])[1].tobytes()
+
+
+def decode(jpeg: bytes) -> np.ndarray | None:
+    """A JPEG as (H, W, 3) uint8 RGB; None if it is damaged."""
+    return cv2.imdecode(np.frombuffer(jpeg, np.uint8), AS_IT_IS)
 
 
 def to_rgb(message: Any, reduced: int = 1) -> np.ndarray:

@@ -157,7 +157,7 @@ def test_a_note_tells_what_is_skipped(tmp_path: Path) -> None:
 
 def test_a_damaged_cache_is_named(tmp_path: Path) -> None:
     load_dataset(configured(recorded(tmp_path, 1)))
-    for name in ("meta.json", "state.npy", "color.rgb"):
+    for name in ("meta.json", "state.npy", "color.jpegs"):
         (file,) = (tmp_path / "cache").rglob(name)
         whole = file.read_bytes()
         file.write_bytes(whole[: len(whole) // 2])

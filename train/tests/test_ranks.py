@@ -92,11 +92,11 @@ def test_a_fault_of_one_ends_the_other_with_its_reason(tmp_path: Path) -> None:
     run("--config", path, "--dry-run")
     process = start("--config", path, "training.save_every=2", "training.keep_checkpoints=1000")
     wait_for(tmp_path / "run/checkpoint_000004", process)
-    for frames in (tmp_path / "cache").rglob("color.rgb"):
+    for frames in (tmp_path / "cache").rglob("color.jpegs"):
         os.truncate(frames, 0)
     _, err = process.communicate(timeout=60)
-    assert re.search(r"error: \S+color.rgb: is truncated", err), err
-    assert re.search(r"process [01] of 2 ends: process [01]: Fault: \S+color.rgb: is truncated", err), err
+    assert re.search(r"error: \S+color.jpegs: is truncated", err), err
+    assert re.search(r"process [01] of 2 ends: process [01]: Fault: \S+color.jpegs: is truncated", err), err
 
 
 def test_a_fault_before_training_is_printed_once(tmp_path: Path) -> None:
