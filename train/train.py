@@ -29,7 +29,8 @@ from act_model import ACT, act_loss
 from config import Config, dump, load, to_dict
 from dataset.augment import Augment
 from dataset.batches import Batch, Dataset, batches
-from dataset.cache import load_dataset, older_caches
+from dataset.build import older_caches
+from dataset.cache import load_dataset
 from dataset.normalize import Normalizer
 from evaluation.report import judge_at_the_end
 from faults import SKIPPED, Fault, Stopped, exit_with_message

@@ -1,37 +1,29 @@
 """Recordings as training samples: read once into a cache on disk, split into training and held-out recordings.
 
-The cache has one folder for each version of the reading code. A cached recording is a folder in it: meta.json, state.npy, action.npy, and for each camera NAME.jpegs (its pictures at the training size, one after the other) and NAME.npy
+The cache has one folder for each version of the reading code. A cached recording is a folder in it, see build.py: meta.json,
+state.npy, action.npy, and for each camera NAME.jpegs (its pictures at the training size, one after the other) and NAME.npy
 (where each tick's picture begins, and its bytes).
 """
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
-import shlex
+import shutil
 from collections.abc import Collection
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import cv2
 import numpy as np
 from tqdm import tqdm
 
-from config import Config, Data, to_dict
+from config import Config, Data
 from dataset.batches import Dataset, Frames, Split
+from dataset.build import build_all, cache_folder, cache_of_this_code, size
 from faults import Fault, NoRoom
-from files import BUILDING, building, remove_abandoned
+from files import remove_abandoned
 from recordings.azure_blob import local_folder
-from recordings.bags import Bag, find_bags
-from recordings.episodes import Recording, read_frames, read_recording
-
-FORMAT = 2  # of a cached recording
-READER = "reader-"  # and a version: the cache of that version
-NOT_IN_THE_KEY = ("bag_dir", "cache_dir", "validation_fraction", "on_bad_bag")  # settings that change no sample
+from recordings.bags import find_bags
 
 
 class Cached(NamedTuple):
@@ -51,18 +43,19 @@ def load_dataset(config: Config, held_out: Collection[str] | None = None) -> Dat
     data = config.data
     bags, faults = find_bags(local_folder(data.bag_dir, data.cache_dir))
     skipped: list[tuple[str, ...]] = [(fault,) for fault in faults]
-    folders = {bag.name: _cache_folder(bag, data) for bag in bags}
-    if _cache_of_this_code(data).exists():
-        remove_abandoned(_cache_of_this_code(data))
+    folders = {bag.name: cache_folder(bag, data) for bag in bags}
+    if cache_of_this_code(data).exists():
+        remove_abandoned(cache_of_this_code(data))
     missing = [bag for bag in bags if not folders[bag.name].exists()]
-    for bag in tqdm(missing, desc="reading bags", unit="bag", disable=not missing):
-        try:
-            _cache_recording(bag, data, folders[bag.name])
-        except NoRoom:
-            raise
-        except Fault as fault:
-            skipped.append(fault.args)
-            del folders[bag.name]
+    to_read, read, written = sum(map(size, missing)), 0, 0
+    with tqdm(total=to_read, desc="reading bags", unit="B", unit_scale=True, disable=not missing) as bar:
+        for bag, faults_ in zip(missing, build_all(missing, folders, data, bar.update), strict=True):
+            if faults_:
+                skipped.append(faults_)
+                del folders[bag.name]
+                continue
+            read, written = read + size(bag), written + _bytes(folders[bag.name])
+            _check_room(written / read * (to_read - read), data)
     cached = {name: _load(folder, data) for name, folder in folders.items()}
     skipped += _remove_duplicates(cached)
     if skipped and (data.on_bad_bag == "fail" or not cached):
@@ -94,8 +87,22 @@ def load_dataset(config: Config, held_out: Collection[str] | None = None) -> Dat
         notes={name: recording.meta["notes"] for name, recording in cached.items()},
         warnings={name: recording.meta["warnings"] for name, recording in cached.items()},
         skipped=skipped,
-        cache_bytes=sum(file.stat().st_size for folder in folders.values() for file in folder.iterdir()),
+        cache_bytes=sum(map(_bytes, folders.values())),
     )
+
+
+def _bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.iterdir())
+
+
+def _check_room(needed: float, data: Data) -> None:
+    """Raises NoRoom if a disk is too small for what the cache will still need, by the recordings so far."""
+    free = shutil.disk_usage(data.cache_dir).free
+    if needed > free:
+        advice = "free some space, set data.cache_dir or a smaller data.image_size"
+        raise NoRoom(
+            f"{data.cache_dir}: needs about {needed / 1e9:.1f} GB more, {free / 1e9:.1f} GB are free; {advice}"
+        )
 
 
 def _remove_duplicates(cached: dict[str, Cached]) -> list[tuple[str, ...]]:
@@ -152,97 +159,3 @@ def _load(folder: Path, data: Data) -> Cached:
         return Cached(meta, np.load(folder / "state.npy"), np.load(folder / "action.npy"), frames)
     except (OSError, ValueError, EOFError) as error:
         raise Fault(f"{folder}: damaged cache ({error}); delete this folder and run the same command again") from None
-
-
-@functools.cache
-def _reader_version() -> str:
-    """A hash of the code and the libraries that decide what is read from a bag."""
-    room = Path(__file__).parents[1] / "recordings"
-    code = b"".join(file.read_bytes() for file in sorted(room.glob("*.py")))
-    return hashlib.sha256(
-        code + f"{FORMAT} {cv2.__version__} {np.__version__} {version('rosbags')}".encode()
-    ).hexdigest()
-
-
-def _cache_folder(bag: Bag, data: Data) -> Path:
-    """The folder of a recording; its name depends on everything that its content depends on."""
-    settings = {key: value for key, value in to_dict(data).items() if key not in NOT_IN_THE_KEY}
-    stats = [(file.resolve(), file.stat()) for file in bag.files if file.exists()]
-    files = [(str(file), stat.st_size, stat.st_mtime_ns) for file, stat in stats]
-    parts = [settings, files, bag.declared, _reader_version()]
-    key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-    return _cache_of_this_code(data) / f"{Path(bag.name).name}-{key[:24]}"
-
-
-def _cache_of_this_code(data: Data) -> Path:
-    return data.cache_dir / f"{READER}{_reader_version()[:12]}"
-
-
-def older_caches(data: Data) -> list[str]:
-    """Caches of other versions of the code or its libraries: one line each, with its size and how to remove it."""
-    lines = []
-    for folder in sorted(data.cache_dir.glob("*")) if data.cache_dir.exists() else ():
-        other = folder.name.startswith((READER, BUILDING)) or (folder / "meta.json").exists()
-        if other and folder != _cache_of_this_code(data):
-            size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-            lines.append(
-                f"{folder}: {size / 1e6:.0f} MB, cache of another version of this code; rm -r {shlex.quote(str(folder))}"
-            )
-    return lines
-
-
-def _cache_recording(bag: Bag, data: Data, folder: Path) -> None:
-    """Read a recording and decode the pictures that its ticks need; rename the folder when it is complete."""
-    with ThreadPoolExecutor(1) as beside:  # hashing releases the GIL
-        hashes = beside.submit(lambda: {file.name: _sha256(file) for file in bag.files if file.exists()})
-        recording = read_recording(bag, data)
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with building(folder.parent) as unfinished:
-            _write_recording(bag, recording, hashes.result(), data, unfinished)
-            unfinished.chmod(0o755)
-            try:
-                unfinished.rename(folder)
-            except OSError:
-                if not folder.exists():  # else another run was faster
-                    raise
-    except OSError as error:
-        raise NoRoom(
-            f"{data.cache_dir}: cannot write the cache of {bag.name} ({error.strerror}); free some space, or set data.cache_dir"
-        ) from None
-
-
-def _write_recording(bag: Bag, recording: Recording, hashes: dict[str, str], data: Data, folder: Path) -> None:
-    np.save(folder / "state.npy", np.concatenate([episode.state for episode in recording.episodes]))
-    np.save(folder / "action.npy", np.concatenate([episode.action for episode in recording.episodes]))
-    wanted: dict[str, np.ndarray] = {}
-    row: dict[str, np.ndarray] = {}  # of each tick, in `wanted`
-    for camera, topic in data.cameras.items():
-        messages = np.concatenate([episode.frames[camera] for episode in recording.episodes])
-        wanted[topic], row[topic] = np.unique(messages, return_inverse=True)
-    spans = {topic: np.zeros((len(numbers), 2), np.int64) for topic, numbers in wanted.items()}
-    with ExitStack() as stack:
-        files = {t: stack.enter_context((folder / f"{camera}.jpegs").open("wb")) for camera, t in data.cameras.items()}
-
-        def keep(topic: str, at: int, jpeg: bytes) -> None:
-            spans[topic][at] = files[topic].tell(), len(jpeg)
-            files[topic].write(jpeg)
-
-        sizes = read_frames(bag, wanted, data.image_size, keep) if wanted else {}
-    for camera, topic in data.cameras.items():
-        np.save(folder / f"{camera}.npy", spans[topic][row[topic]])
-    meta = {
-        "episodes": [len(episode.state) for episode in recording.episodes],
-        "notes": recording.notes,
-        "warnings": recording.warnings,
-        "state_names": recording.state_names,
-        "action_names": recording.action_names,
-        "picture_sizes": {camera: sizes[topic] for camera, topic in data.cameras.items()},
-        "files": hashes,
-    }
-    (folder / "meta.json").write_text(json.dumps(meta, indent=2))
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()

@@ -6,7 +6,6 @@ is the last command before the next observation. Where a message is too old, the
 
 from __future__ import annotations
 
-import os
 from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,7 +23,6 @@ from recordings.signals import Series, Source, read_series
 from recordings.video import Video, codec, rgb
 
 WORTH_A_NOTE_NS = 500_000_000
-DECODERS = os.cpu_count() or 1  # threads that decode pictures; OpenCV releases the GIL
 
 
 Shown = tuple[int, bytes, tuple[int, int]]  # a picture: its message's number, its JPEG, its own height and width
@@ -246,7 +244,11 @@ def _runs(mask: np.ndarray) -> list[tuple[int, int]]:
 
 
 def read_frames(
-    bag: Bag, wanted: dict[str, np.ndarray], size: tuple[int, int], keep: Callable[[str, int, bytes], None]
+    bag: Bag,
+    wanted: dict[str, np.ndarray],
+    size: tuple[int, int],
+    keep: Callable[[str, int, bytes], None],
+    decoders: int,
 ) -> dict[str, tuple[int, int]]:
     """Decode the wanted message numbers of each topic, increasing, and no others; each topic's height and width in the bag.
 
@@ -283,7 +285,7 @@ def read_frames(
     pending: deque[Future[tuple[Message, list[Shown]]]] = deque()
     last: dict[str, Message] = {}
     with ExitStack() as stack:
-        of_pictures = stack.enter_context(ThreadPoolExecutor(DECODERS))
+        of_pictures = stack.enter_context(ThreadPoolExecutor(decoders))  # OpenCV releases the GIL
         pools: dict[str, ThreadPoolExecutor] = {}
         for message in read_messages(bag, wanted):
             topic = message.topic
@@ -294,7 +296,7 @@ def read_frames(
             if videos[topic] or message.number in row_of[topic]:
                 pending.append(pools[topic].submit(decode, message, videos[topic]))
                 last[topic] = message
-            if len(pending) > 4 * DECODERS:  # bounds the memory
+            if len(pending) > 4 * decoders:  # bounds the memory
                 finish(pending.popleft())
         pending += [pools[topic].submit(decode, last[topic], video, True) for topic, video in videos.items() if video]
         while pending:

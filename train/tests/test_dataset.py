@@ -5,13 +5,14 @@ import os
 import shutil
 import subprocess
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 from writing import CAMERA, COMMAND, MS, START, STATE, Timed, episode, image, joint_state, jpeg, picture, write
 
 from config import Config, load
-from dataset import cache
+from dataset import build
 from dataset.batches import Dataset, Split, batches
 from dataset.cache import load_dataset
 from faults import Fault, NoRoom
@@ -177,16 +178,16 @@ def test_caches_of_killed_runs_and_of_older_code(
         load_dataset(config)
         assert [path for path in ours.glob(".building-*") if path.is_dir()] == [alive]
     assert not list(ours.glob(".building-*"))
-    assert cache.older_caches(config.data) == []
+    assert build.older_caches(config.data) == []
     ours.rename(tmp_path / "cache/reader-0123456789ab")
     (tmp_path / "cache/kept by the user").mkdir()
     load_dataset(config)
-    (line,) = cache.older_caches(config.data)
+    (line,) = build.older_caches(config.data)
     assert (
         line.endswith(f"; rm -r {tmp_path}/cache/reader-0123456789ab") and ": 0 MB, cache of another version" in line
     ), line
     subprocess.run(line.rpartition("; ")[2], shell=True, check=True)
-    assert cache.older_caches(config.data) == []
+    assert build.older_caches(config.data) == []
 
 
 def test_statistics_come_from_the_training_recordings(tmp_path: Path) -> None:
@@ -260,9 +261,17 @@ def test_skipped_recordings_are_listed_and_a_full_disk_is_no_fault_of_theirs(
     with pytest.raises(Fault) as caught:  # nothing is left to train on
         load_dataset(configured(tmp_path, "data.on_bad_bag=skip", "data.cameras={color: /elsewhere}"))
     assert len(caught.value.args) == 5
-    monkeypatch.setattr(cache, "_write_recording", lambda *_: os.open("/dev/full/x", os.O_RDONLY))
+    monkeypatch.setattr(build, "_write", lambda *_: os.open("/dev/full/x", os.O_RDONLY))
     with pytest.raises(NoRoom):
         load_dataset(configured(tmp_path, "data.on_bad_bag=skip", "data.fps=10"))
+
+
+def test_a_disk_that_will_be_too_small_is_told_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorded(tmp_path, 3)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: mock.Mock(free=1000))
+    with pytest.raises(NoRoom, match=r"cache: needs about 0\.0 GB more, 0\.0 GB are free; free some space"):
+        load_dataset(configured(tmp_path))
+    assert len(list((tmp_path / "cache").rglob("meta.json"))) == 1, "after the first"
 
 
 def test_a_duplicate_recording_is_refused(tmp_path: Path) -> None:
