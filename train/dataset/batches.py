@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from config import Config
+from cores import usable_cores
 from dataset.normalize import Normalizer, imagenet, moments
 from faults import Fault
 from recordings.images import decode
@@ -72,7 +73,7 @@ class Frames(NamedTuple):
 def _decoders() -> ThreadPoolExecutor:
     """As many threads as this process may use cores; OpenCV releases the GIL."""
     shared_by = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's processes on this machine
-    return ThreadPoolExecutor(max(1, min(MOST_DECODERS, len(os.sched_getaffinity(0)) // shared_by)), "decode")
+    return ThreadPoolExecutor(max(1, min(MOST_DECODERS, usable_cores() // shared_by)), "decode")
 
 
 class Split(NamedTuple):

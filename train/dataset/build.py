@@ -27,6 +27,7 @@ import cv2
 import numpy as np
 
 from config import Data, load, to_dict
+from cores import usable_cores
 from faults import Fault, NoRoom
 from files import BUILDING, building
 from recordings.bags import Bag
@@ -38,7 +39,6 @@ NOT_IN_THE_KEY = ("bag_dir", "cache_dir", "validation_fraction", "on_bad_bag")  
 WORTH_PROCESSES = 50_000_000  # bytes of recordings; a process takes 0.6 s to start
 FIRST_PASS = 0.2  # share of the time to read a recording in which its joints are read
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h
-CORES = len(os.sched_getaffinity(0))
 Report = Callable[[int], Any]  # of bytes that are done
 
 
@@ -46,9 +46,10 @@ def build_all(bags: list[Bag], folders: dict[str, Path], data: Data, report: Rep
     """Build the folder of each recording; its faults, in the order of the recordings. Raises NoRoom if a disk is full."""
     if sum(map(size, bags)) < WORTH_PROCESSES:
         for bag in bags:
-            yield build(bag, data, folders[bag.name], CORES, report)
+            yield build(bag, data, folders[bag.name], usable_cores(), report)
         return
-    count = min(CORES, len(bags))
+    cores = usable_cores()
+    count = min(cores, len(bags))
     idle: queue.SimpleQueue[subprocess.Popen[str]] = queue.SimpleQueue()
 
     def work(bag: Bag) -> tuple[str, ...]:
@@ -61,7 +62,7 @@ def build_all(bags: list[Bag], folders: dict[str, Path], data: Data, report: Rep
     settings = f"data={json.dumps(to_dict(data))}"
     with ExitStack() as stack:
         for _ in range(count):
-            idle.put(stack.enter_context(_process(settings, max(1, CORES // count))))
+            idle.put(stack.enter_context(_process(settings, cores // count)))
         pool = ThreadPoolExecutor(count, "build")
         stack.callback(pool.shutdown, wait=False, cancel_futures=True)
         yield from pool.map(work, bags)

@@ -10,6 +10,7 @@ import pytest
 from test_dataset import configured, recorded
 from writing import CAMERA, MS, START, STATE, image, joint_state, picture, write
 
+import cores
 from dataset import build
 from dataset.cache import load_dataset
 from faults import Fault, NoRoom
@@ -75,6 +76,15 @@ def test_a_stopped_run_leaves_no_process_and_no_folder(tmp_path: Path, number: s
     assert not left
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and "training: 5 recordings, 5 episodes" in done.stdout, done.stderr
+
+
+def test_a_container_may_have_fewer_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cores, "QUOTA", tmp_path / "cpu.max")
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(64))
+    assert cores.usable_cores() == 64
+    for text, expected in (("max 100000\n", 64), ("800000 100000\n", 8), ("50000 100000\n", 1)):
+        (tmp_path / "cpu.max").write_text(text)
+        assert cores.usable_cores() == expected
 
 
 def builders(folder: Path) -> list[str]:

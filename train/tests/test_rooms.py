@@ -18,7 +18,7 @@ ORDER = (
     "evaluation",
     "commands",
 )
-GROUND = ("faults", "files", "blob_url", "config")
+GROUND = ("faults", "files", "cores", "blob_url", "config")
 COMMANDS = ("train", "evaluate", "inspect_bags", "demo_bags")
 MODULES = {
     ".".join(path.relative_to(TRAIN).with_suffix("").parts): path
