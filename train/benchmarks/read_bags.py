@@ -22,6 +22,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from unittest import mock
 
 import cv2
 import numpy as np
@@ -33,6 +34,7 @@ sys.path.extend(str(Path(__file__).parents[1] / folder) for folder in ("", "test
 from writing import CAMERA, JOINTS, START, STATE, STORES, joint_state, make
 
 from config import load
+from dataset import build
 from dataset.cache import load_dataset
 from recordings.images import QUALITY, decode, encode, resize
 
@@ -134,6 +136,17 @@ def ours(bag: Path, cache: Path) -> tuple[float, int, int]:
     return elapsed, frames, dataset.cache_bytes
 
 
+def together(folder: Path, cores: int) -> float:
+    """Seconds from all bags to their cache, as on a machine of so many cores: a process for each."""
+    cache = Path(folder, "cache")
+    with mock.patch.object(build, "usable_cores", lambda: cores):
+        start = time.perf_counter()
+        load_dataset(load(None, settings(folder, cache)))
+        elapsed = time.perf_counter() - start
+    shutil.rmtree(cache)
+    return elapsed
+
+
 def script(name: str, *arguments: str | Path) -> str:
     """Seconds and greatest memory of a script, in words."""
     start, most = time.perf_counter(), 0
@@ -168,6 +181,7 @@ def main() -> None:
             rate = {name: count / seconds for name, (seconds, count, *_) in times.items()}
             ratios.append(rate["ours"] / rate["bare"])
             print(f"bag {i}: {rate['bare']:6.0f} pictures/s bare, {rate['ours']:6.0f} to the cache, {ratios[-1]:.0%}")
+        processes = [(together(Path(folder), 1), together(Path(folder), 2)) for _ in range(2)]
         configured = settings(Path(folder), Path(folder, "cache"))
         scripts = {
             "inspected, without pictures": script("inspect_bags.py", folder, "--no-pictures"),
@@ -182,6 +196,10 @@ def main() -> None:
         f"{rate['ours'] / rate['bare']:.0%} of bare; by bag {min(ratios):.0%} to {max(ratios):.0%}"
     )
     print(f"cache: {totals['ours'][2] / size:.2f} of the bags; encoding costs {pixel_error(frames):.2f} of 255 a pixel")
+    print(
+        "all at once, one process and two: "
+        + "; ".join(f"{a:.1f} s, {b:.1f} s, {a / b:.2f} times" for a, b in processes)
+    )
     for what, figures in scripts.items():
         print(f"{what}: {figures}")
 
