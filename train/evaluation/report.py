@@ -76,7 +76,7 @@ def page(checkpoint: Path, judgement: Judgement, figures: dict[str, Any]) -> str
         "the last action, and the mean action of the training recordings."
     )
     if split.frames:
-        text += " A policy that uses its cameras is worse with a grey picture, or with that of another episode."
+        text += " A policy that uses its cameras is worse with a grey picture, or with that of another recording."
     if action.from_ == "next_state" and action.as_ == "absolute":
         text += " Where an action is the next state, as here, repeating the last action is holding still."
     errors = figures["mean_absolute_error"]
