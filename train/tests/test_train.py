@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 from unittest import mock
 
 import pytest
@@ -23,8 +23,11 @@ from test_dataset import configured, recorded
 from writing import COMMAND, episode, write
 
 import train
+from act_model import ACT
 from config import Config, dump, load
+from dataset.batches import Batch
 from dataset.cache import load_dataset
+from dataset.normalize import Moments, Normalizer, imagenet
 from faults import Fault, Stopped, exit_with_message
 from policy import pretrained
 from policy.runner import Policy
@@ -133,6 +136,21 @@ def test_from_recordings_to_a_policy(tmp_path: Path) -> None:
     assert (robot["action_from"], robot["action_as"]) == ("next_state", "absolute")
     assert robot["cameras"] == {"color": {"topic": "/camera", "height": 32, "width": 48, "recorded": [[48, 64]]}}
     assert len(robot["recordings"]["train"]) == 2 and len(robot["recordings"]["validation"]) == 1
+
+
+def test_a_step_mixes_no_devices_and_trains_every_parameter() -> None:
+    """On the meta device, where a tensor of the CPU is an error as on a GPU."""
+    meta, config = torch.device("meta"), Config()
+    with meta:
+        model = ACT(config.model, 3, 3, 2).train()
+    three = Moments(torch.zeros(3), torch.ones(3))
+    normalizer = Normalizer(three, three, {"a": imagenet(), "b": imagenet()}).to(meta)
+    chunk, images = torch.zeros(2, config.model.chunk_size, 3), torch.zeros(2, 2, 64, 96, 3, dtype=torch.uint8)
+    noise = torch.zeros(2, config.model.latent_dim)
+    batch = Batch(torch.zeros(2, 3), images, chunk, chunk[..., 0] > 0, noise, torch.tensor(5.0)).to(meta)
+    loss, _, _ = train.losses(model, normalizer, batch, Run(config, cast(Any, None)))
+    loss.backward()
+    assert loss.device == meta and not [name for name, p in model.named_parameters() if p.grad is None]
 
 
 def test_the_loaded_policy_is_the_trained_one(tmp_path: Path) -> None:
