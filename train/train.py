@@ -256,7 +256,7 @@ def train_and_judge(config: Config, processes: Processes) -> Dataset:
     device = choose_device(config.training.device, processes)
     precision, why = choose_precision(config, device, processes)
     if processes.first:
-        print(f"device  {describe(device)}, in each of {processes.world} processes")
+        print(f"device  {describe(device)}; processes: {processes.world}")
         print(f"numbers {precision}: {why}", flush=True)
     with processes.local_first():
         dataset = load_dataset(config)

@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_dataset import recorded
 from test_train import run, tiny, trained
-from writing import COMMAND, picture
+from writing import CAMERA, COMMAND, Timed, episode, joint_state, picture, write
+from writing import STATE as STATE_TOPIC
 
 import train
 from faults import Fault
@@ -61,6 +62,25 @@ def test_n_action_steps_of_a_chunk_are_executed(trained_once: Path) -> None:
     policy.pretrained.predict(torch.zeros(1, 3), pixels)
     assert torch.get_float32_matmul_precision() == "high", "a prediction changes nothing in the robot's program"
     torch.set_float32_matmul_precision(before)
+
+
+def test_joints_of_two_arms_are_told_apart_by_their_topics(tmp_path: Path) -> None:
+    left, right = "/left/joint_states", "/right/joint_states"
+    arms: list[Timed] = [
+        (topic, kind, t, joint_state(t, [side + np.sin(t / 1e9), 0, 0]))
+        for topic, side in ((left, 0.0), (right, 1.0))
+        for _, kind, t, _ in (message for message in episode(2.0) if message[0] == STATE_TOPIC)
+    ]
+    cameras = [message for message in episode(2.0) if message[0] == CAMERA]
+    write(tmp_path / "bags/one", sorted([*arms, *cameras], key=lambda message: message[2]))
+    signals = f"data.state=[{{topic: {left}, joints: [a]}}, {{topic: {right}, joints: [a]}}]"
+    policy = Policy.load(trained(tiny(tmp_path, signals, "data.validation_fraction=0", "training.steps=5")))
+    names = f"{left}.a", f"{right}.a"
+    assert policy.state_names == policy.action_names == names
+    there = policy.act({"state": dict(zip(names, (0.1, 1.1), strict=True)), "images": {"color": SHOT}})
+    policy.reset()
+    again = policy.act({"state": dict(zip(names[::-1], (1.1, 0.1), strict=True)), "images": {"color": SHOT}})
+    assert there.shape == (2,) and np.array_equal(there, again) and there[1] - there[0] > 0.5
 
 
 def test_ensembling_is_the_weighted_mean_of_all_predictions_for_a_tick(trained_once: Path) -> None:
