@@ -7,11 +7,11 @@ descriptors, and a truncated file would be a bus error, not a message.
 from __future__ import annotations
 
 import functools
+import itertools
 import os
-import queue
-import threading
+from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -69,11 +69,17 @@ class Frames(NamedTuple):
         out[:] = pixels
 
 
+def _read(places: list[tuple[Frames, int, Tensor]]) -> None:
+    for frames, tick, out in places:
+        frames.read(tick, out.numpy())
+
+
 @functools.cache
-def _decoders() -> ThreadPoolExecutor:
+def _decoders() -> tuple[int, ThreadPoolExecutor]:
     """As many threads as this process may use cores; OpenCV releases the GIL."""
     shared_by = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's processes on this machine
-    return ThreadPoolExecutor(max(1, min(MOST_DECODERS, usable_cores() // shared_by)), "decode")
+    threads = max(1, min(MOST_DECODERS, usable_cores() // shared_by))
+    return threads, ThreadPoolExecutor(threads, "decode")
 
 
 class Split(NamedTuple):
@@ -96,13 +102,14 @@ class Split(NamedTuple):
         images = None
         if self.frames:
             images = torch.empty(len(ticks), len(self.frames), *self.image_size, 3, dtype=torch.uint8, pin_memory=pin)
-            reads = [
-                _decoders().submit(frames.read, tick, images[b, c].numpy())
+            places = [
+                (frames, tick, images[b, c])
                 for c, frames in enumerate(self.frames.values())
                 for b, tick in enumerate(ticks)
             ]
-            for read in reads:
-                read.result()
+            threads, pool = _decoders()
+            for done in [pool.submit(_read, places[part::threads]) for part in range(min(threads, len(places)))]:
+                done.result()
         return Batch(
             torch.from_numpy(self.state[ticks]),
             images,
@@ -152,7 +159,7 @@ class Dataset(NamedTuple):
 def batches(
     split: Split, config: Config, first_step: int, rank: int = 0, world: int = 1, pin: bool = False
 ) -> Iterator[Batch]:
-    """This process's part of the batches of all steps after first_step, made ahead by one thread; `pin` pins them.
+    """This process's part of the batches of all steps after first_step, made ahead; `pin` pins them.
 
     Each epoch is a permutation that depends only on seed and epoch; the latent's noise depends only on seed and step.
     So a resumed run needs only its step, and `world` processes together see what one would with `world` times the batch.
@@ -173,34 +180,15 @@ def batches(
         )
         return batch.pin_memory() if pin else batch
 
-    ready: queue.Queue[Batch | BaseException] = queue.Queue(PREFETCH)
-    stop = threading.Event()
-
-    def put(item: Batch | BaseException) -> None:
-        while not stop.is_set():
-            try:
-                ready.put(item, timeout=0.1)
-                break
-            except queue.Full:
-                continue
-
-    def work() -> None:
-        try:
-            for step in range(first_step, config.training.steps):
-                if stop.is_set():
-                    return
-                put(make(step))
-        except BaseException as error:
-            put(error)
-
-    thread = threading.Thread(target=work, name="batches", daemon=True)
-    thread.start()
+    steps = iter(range(first_step, config.training.steps))
+    pending: deque[Future[Batch]] = deque()
+    pool = ThreadPoolExecutor(2, "batches")  # one prepares while the other's pictures are decoded
     try:
-        for _ in range(first_step, config.training.steps):
-            item = ready.get()
-            if isinstance(item, BaseException):
-                raise item
-            yield item
+        while True:
+            for step in itertools.islice(steps, PREFETCH + 1 - len(pending)):
+                pending.append(pool.submit(make, step))
+            if not pending:
+                return
+            yield pending.popleft().result()
     finally:
-        stop.set()
-        thread.join()
+        pool.shutdown(cancel_futures=True)

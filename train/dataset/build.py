@@ -44,7 +44,7 @@ Report = Callable[[int], Any]  # of bytes that are done
 
 def build_all(bags: list[Bag], folders: dict[str, Path], data: Data, report: Report) -> Iterator[tuple[str, ...]]:
     """Build the folder of each recording; its faults, in the order of the recordings. Raises NoRoom if a disk is full."""
-    if sum(map(size, bags)) < WORTH_PROCESSES:
+    if len(bags) < 2 or sum(map(size, bags)) < WORTH_PROCESSES:
         for bag in bags:
             yield build(bag, data, folders[bag.name], usable_cores(), report)
         return
