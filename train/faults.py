@@ -34,7 +34,7 @@ class Fault(Exception):
 
 
 class NoRoom(Fault):
-    """The disk is full: not a fault of the recording."""
+    """The disk or the memory is full: not a fault of the recording."""
 
 
 class Stopped(Exception):

@@ -11,7 +11,7 @@ import socket
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -85,9 +85,10 @@ def building(parent: Path) -> Iterator[Path]:
 
 
 def remove_abandoned(parent: Path) -> None:
-    """Remove the folders in `parent` that killed processes were building."""
-    with locked(parent / LOCK):
-        for folder in [path for path in parent.glob(f"{BUILDING}*") if path.is_dir()]:
+    """Remove the folders in `parent` that killed processes were building. Without any, `parent` may be read-only."""
+    folders = [path for path in parent.glob(f"{BUILDING}*") if path.is_dir()]
+    with locked(parent / LOCK) if folders else nullcontext():
+        for folder in folders:
             lock = folder.with_name(folder.name + LOCK)
             try:
                 with locked(lock, wait=False):

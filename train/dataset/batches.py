@@ -69,17 +69,11 @@ class Frames(NamedTuple):
         out[:] = pixels
 
 
-def _read(places: list[tuple[Frames, int, Tensor]]) -> None:
-    for frames, tick, out in places:
-        frames.read(tick, out.numpy())
-
-
 @functools.cache
-def _decoders() -> tuple[int, ThreadPoolExecutor]:
+def _decoders() -> ThreadPoolExecutor:
     """As many threads as this process may use cores; OpenCV releases the GIL."""
     shared_by = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's processes on this machine
-    threads = max(1, min(MOST_DECODERS, usable_cores() // shared_by))
-    return threads, ThreadPoolExecutor(threads, "decode")
+    return ThreadPoolExecutor(max(1, min(MOST_DECODERS, usable_cores() // shared_by)), "decode")
 
 
 class Split(NamedTuple):
@@ -102,14 +96,13 @@ class Split(NamedTuple):
         images = None
         if self.frames:
             images = torch.empty(len(ticks), len(self.frames), *self.image_size, 3, dtype=torch.uint8, pin_memory=pin)
-            places = [
-                (frames, tick, images[b, c])
+            reads = [
+                _decoders().submit(frames.read, tick, images[b, c].numpy())
                 for c, frames in enumerate(self.frames.values())
                 for b, tick in enumerate(ticks)
             ]
-            threads, pool = _decoders()
-            for done in [pool.submit(_read, places[part::threads]) for part in range(min(threads, len(places)))]:
-                done.result()
+            for read in reads:
+                read.result()
         return Batch(
             torch.from_numpy(self.state[ticks]),
             images,

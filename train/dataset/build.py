@@ -133,42 +133,46 @@ def main() -> None:
             answer(faults=build(bag, data, Path(job["folder"]), decoders, lambda done: answer(done=done)))
         except NoRoom as fault:
             answer(no_room=fault.args)
+        except OSError as error:  # a disk that fails
+            answer(no_room=[f"{error.filename or bag.name}: {error.strerror or error}"])
 
 
 def build(bag: Bag, data: Data, folder: Path, decoders: int, report: Report) -> tuple[str, ...]:
-    """Read a recording and decode the pictures that its ticks need; rename the folder when it is complete; its faults."""
-    total = size(bag)
+    """Read a recording and decode the pictures that its ticks need, into a folder; its faults. Raises NoRoom."""
     try:
-        with ThreadPoolExecutor(1) as beside:  # hashing releases the GIL
-            hashes = beside.submit(lambda: {file.name: _sha256(file) for file in bag.files if file.exists()})
-            recording = read_recording(bag, data)
-        report(first := int(FIRST_PASS * total))
+        _build(bag, data, folder, decoders, report)
+    except NoRoom:
+        raise
+    except Fault as fault:
+        return fault.args
+    return ()
+
+
+def _build(bag: Bag, data: Data, folder: Path, decoders: int, report: Report) -> None:
+    """Rename the folder when it is complete. Raises Fault."""
+    total = size(bag)
+    with ThreadPoolExecutor(1) as beside:  # hashing releases the GIL
+        hashes = beside.submit(lambda: {file.name: _sha256(file) for file in bag.files if file.exists()})
+        recording = read_recording(bag, data)
+    report(first := int(FIRST_PASS * total))
+
+    def report_share(share: float) -> None:
+        report(int(share * (total - first)))
+
+    try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with building(folder.parent) as unfinished:
-            _write(
-                bag,
-                recording,
-                hashes.result(),
-                data,
-                unfinished,
-                decoders,
-                lambda share: report(int(share * (total - first))),
-            )
+            _write(bag, recording, hashes.result(), data, unfinished, decoders, report_share)
             unfinished.chmod(0o755)
             try:
                 unfinished.rename(folder)
             except OSError:
                 if not folder.exists():  # else another run was faster
                     raise
-    except NoRoom:
-        raise
-    except Fault as fault:
-        return fault.args
     except OSError as error:
         raise NoRoom(
             f"{data.cache_dir}: cannot write the cache of {bag.name} ({error.strerror}); free some space, or set data.cache_dir"
         ) from None
-    return ()
 
 
 def _write(
@@ -253,9 +257,9 @@ def older_caches(data: Data) -> list[str]:
     for folder in sorted(data.cache_dir.glob("*")) if data.cache_dir.exists() else ():
         other = folder.name.startswith((READER, BUILDING)) or (folder / "meta.json").exists()
         if other and folder != cache_of_this_code(data):
-            size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+            total = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
             lines.append(
-                f"{folder}: {size / 1e6:.0f} MB, cache of another version of this code; rm -r {shlex.quote(str(folder))}"
+                f"{folder}: {total / 1e6:.0f} MB, cache of another version of this code; rm -r {shlex.quote(str(folder))}"
             )
     return lines
 

@@ -44,8 +44,7 @@ def load_dataset(config: Config, held_out: Collection[str] | None = None) -> Dat
     bags, faults = find_bags(local_folder(data.bag_dir, data.cache_dir))
     skipped: list[tuple[str, ...]] = [(fault,) for fault in faults]
     folders = {bag.name: cache_folder(bag, data) for bag in bags}
-    if cache_of_this_code(data).exists():
-        remove_abandoned(cache_of_this_code(data))
+    remove_abandoned(cache_of_this_code(data))
     missing = [bag for bag in bags if not folders[bag.name].exists()]
     to_read, read, written = sum(map(size, missing)), 0, 0
     with tqdm(total=to_read, desc="reading bags", unit="B", unit_scale=True, disable=not missing) as bar:

@@ -46,7 +46,7 @@ class Entry(NamedTuple):
         topic, joints, index, field = self.signal.topic, self.signal.joints, self.signal.index, self.signal.field
         picked = [f"joints: {_flow(joints)}"] if joints else [f"index: {list(index)}"] if index else []
         picked += [f"field: {field}"] if field else []
-        return f"{{{', '.join([f'topic: {_flow(topic)}', *picked])}}}"
+        return "{" + ", ".join([f"topic: {_flow(topic)}", *picked]) + "}"
 
 
 def propose(bags: list[Bag], place: str) -> str:

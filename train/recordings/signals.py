@@ -219,11 +219,9 @@ class _Reader:
             picked = self._add_numbers(self.signal, message.msgtype, content, joints)
         elif message.msgtype not in IMAGES:
             raise Fault(f"is a {message.msgtype}; a camera needs {', '.join(IMAGES)}; give another topic")
-        elif not self._is_picture(content):
-            self.first_skipped = (
-                self.first_skipped
-                or f"{message.place}: {self.video and self.video.name} video without a key frame; record it with some"
-            )
+        elif (video := self._video(content)) and not video.holds_picture(content.data.tobytes()):
+            early = f"{message.place}: {video.name} video without a key frame; record it with some"
+            self.first_skipped = self.first_skipped or early
             return False
         else:
             self.numbers.append(message.number)
@@ -233,11 +231,11 @@ class _Reader:
             self._learn(raw, content, picked)
         return True
 
-    def _is_picture(self, content: Any) -> bool:
-        """Whether a camera's message can be shown: of video, none before the first key frame. Raises Fault."""
+    def _video(self, content: Any) -> Video | None:
+        """The stream of a camera that sends video. Raises Fault."""
         if self.video is None and (name := codec(content)):
             self.video = Video(name)
-        return self.video is None or self.video.holds_picture(content.data.tobytes())
+        return self.video
 
     def _learn(self, raw: bytes, content: Any, picked: Any) -> None:
         self.parsed += 1

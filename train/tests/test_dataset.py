@@ -1,5 +1,6 @@
 """From recordings to samples: the grid, the actions, the cache, the split, the batches."""
 
+import errno
 import itertools
 import os
 import shutil
@@ -178,6 +179,9 @@ def test_caches_of_killed_runs_and_of_older_code(
         load_dataset(config)
         assert [path for path in ours.glob(".building-*") if path.is_dir()] == [alive]
     assert not list(ours.glob(".building-*"))
+    (ours / ".lock").unlink()
+    load_dataset(config)
+    assert not (ours / ".lock").exists(), "a complete cache is only read: it may be on a read-only disk"
     assert build.older_caches(config.data) == []
     ours.rename(tmp_path / "cache/reader-0123456789ab")
     (tmp_path / "cache/kept by the user").mkdir()
@@ -264,6 +268,12 @@ def test_skipped_recordings_are_listed_and_a_full_disk_is_no_fault_of_theirs(
     monkeypatch.setattr(build, "_write", lambda *_: os.open("/dev/full/x", os.O_RDONLY))
     with pytest.raises(NoRoom):
         load_dataset(configured(tmp_path, "data.on_bad_bag=skip", "data.fps=10"))
+
+
+def test_a_bag_that_cannot_be_read_is_no_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "read_recording", mock.Mock(side_effect=OSError(errno.EIO, "Input/output error", "/a")))
+    with pytest.raises(OSError, match="Input/output error"):
+        load_dataset(configured(recorded(tmp_path, 1)))
 
 
 def test_a_disk_that_will_be_too_small_is_told_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
