@@ -59,9 +59,8 @@ def train(run: Run) -> Path:
     network: ACT | DistributedDataParallel = model
     if processes.world > 1:
         group = processes.gradient_group(run.device)
-        network = DistributedDataParallel(  # its buffers are constants
-            model, process_group=group, gradient_as_bucket_view=True, broadcast_buffers=False
-        )
+        network = DistributedDataParallel(model, process_group=group, gradient_as_bucket_view=True)
+        network.broadcast_buffers = False  # constants: construction has sent them; the argument would not
     augment = Augment(settings.augment, config.data.image_size)
     log = Log(config.output_dir, first_step, writes=processes.first)
     pin = run.device.type == "cuda"

@@ -10,9 +10,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from test_dataset import recorded
 from test_train import SCRIPT, logged, tiny, trained
+
+from act_model import IMAGENET_WEIGHTS, ResNet18
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 # few steps: rounding differs, and sooner or later a ReLU or the sign of an error falls to the other side
@@ -44,8 +47,15 @@ def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
         time.sleep(0.01)
 
 
-def test_two_processes_train_as_one_with_twice_the_batch(tmp_path: Path) -> None:
-    path = tiny(recorded(tmp_path), *SETTINGS, "data.validation_fraction=0")
+def test_two_processes_train_as_one_with_twice_the_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also the frozen norms, which only the first process loads: the other must get them."""
+    file = tmp_path / "torch/hub/checkpoints" / Path(IMAGENET_WEIGHTS).name
+    file.parent.mkdir(parents=True)
+    weights = ResNet18().state_dict()
+    torch.save({name: t + 0.1 if "running_mean" in name else t for name, t in weights.items()}, file)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.setitem(ENVIRONMENT, "TORCH_HOME", str(tmp_path / "torch"))
+    path = tiny(recorded(tmp_path), *SETTINGS, "data.validation_fraction=0", "model.pretrained_backbone=true")
     one = trained(path, f"output_dir={tmp_path}/one", "training.batch_size=4")
     out = run("--config", path, f"output_dir={tmp_path}/two", "training.batch_size=2")
     assert out.count("training: ") == 1 and out.count("policy: ") == 1, "only the first prints"

@@ -127,6 +127,7 @@ def process_group() -> Iterator[Processes]:
     except Stopped:  # all processes stop at the same step
         raise
     except BaseException as error:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's must not cut off the reason
         first, code, reason = _first_reason(store, rank, error)
         if code == 1:
             _write_exit_code(code)
