@@ -129,6 +129,9 @@ class Training:
     precision: Literal["auto", "fp32", "bf16"] = setting(
         "auto", "`auto` is bf16 on a GPU with bf16 units, or a CPU where it is 1.3 times as fast, else fp32"
     )
+    compile: bool = setting(
+        False, "compile forward, loss and backward by torch.compile; takes minutes, needs a C++ compiler"
+    )
     seed: int = setting(0, "seed of weights, sample order, dropout and held-out choice", least=0, below=2**63)
     device: str = setting("auto", "`auto` (cuda if available), `cpu`, `cuda` or `cuda:N`")
     log_every: int = setting(100, "steps between two lines of metrics.jsonl", least=1)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import math
 import shutil
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -62,6 +63,7 @@ def train(run: Run) -> Path:
         network = DistributedDataParallel(model, process_group=group, gradient_as_bucket_view=True)
         network.broadcast_buffers = False  # constants: construction has sent them; the argument would not
     augment = Augment(settings.augment, config.data.image_size)
+    compute = torch.compile(losses) if settings.compile else losses
     log = Log(config.output_dir, first_step, writes=processes.first)
     pin = run.device.type == "cuda"
     source = batches(dataset.train, config, first_step, processes.rank, processes.world, pin)
@@ -71,7 +73,7 @@ def train(run: Run) -> Path:
         for step, batch in enumerate(log.waiting(source), first_step + 1):
             seed_step(settings.seed, step, processes.rank)
             set_rates(optimizer, run, step)
-            figures = training_step(network, optimizer, normalizer, augment(batch.to(run.device)), run)
+            figures = training_step(compute, network, optimizer, normalizer, augment(batch.to(run.device)), run)
             window.append(torch.stack(figures).detach())
 
             stopping = processes.any(bool(stops))
@@ -106,14 +108,15 @@ def train(run: Run) -> Path:
 
 
 def training_step(
+    compute: Callable[..., tuple[Tensor, Tensor, Tensor]],
     network: ACT | DistributedDataParallel,
     optimizer: torch.optim.Optimizer,
     normalizer: Normalizer,
     batch: Batch,
     run: Run,
 ) -> Figures:
-    """One optimizer step on a batch."""
-    loss, l1, kl = losses(network, normalizer, batch, run)
+    """One optimizer step on a batch; `compute` is `losses`, compiled or not."""
+    loss, l1, kl = compute(network, normalizer, batch, run)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     bound = run.config.training.grad_clip_norm or math.inf
@@ -182,6 +185,8 @@ def start(run: Run) -> TrainingState:
         print(f"resuming from {newest}", flush=True)
     if run.processes.world > 1:
         state = checkpoints.receive(state, run)
+    if first:
+        print(run.costs(model), checkpoints.room(model, run, state.step), sep="\n", flush=True)
     if first and (state.step < config.training.steps or not (folder / "config.yaml").exists()):
         for killed in folder.glob(".checkpoint_*.tmp"):
             shutil.rmtree(killed)
@@ -242,7 +247,9 @@ def dry_run(config: Config, processes: Processes) -> Dataset:
     with processes.local_first():
         dataset = load_dataset(config)
     if processes.first:
-        print("\n".join([Run(config, dataset, processes=processes).report(), *older_caches(config.data)]))
+        run = Run(config, dataset, processes=processes)
+        model = run.new_model()
+        print("\n".join([run.report(), run.costs(model), checkpoints.room(model, run, 0), *older_caches(config.data)]))
         if config.training.augment and config.data.cameras:
             picture = config.output_dir / "augmented.png"
             Augment(config.training.augment, config.data.image_size).draw(dataset.train, picture)

@@ -35,13 +35,11 @@ from writing import CAMERA, JOINTS, START, STATE, STORES, joint_state, make
 
 from config import load
 from dataset import build
-from dataset.batches import batches
 from dataset.cache import load_dataset
 from recordings.images import QUALITY, decode, encode, resize
 
 TRAIN = Path(__file__).parents[1]
 BAGS, SIZE, PICTURES = 8, (240, 320), 64
-STEPS = 1000  # batches to draw
 TYPES = {STATE: "sensor_msgs/msg/JointState", CAMERA: "sensor_msgs/msg/CompressedImage"}
 
 
@@ -138,20 +136,16 @@ def ours(bag: Path, cache: Path) -> tuple[float, int, int]:
     return elapsed, frames, dataset.cache_bytes
 
 
-def together(folder: Path, cores: int) -> tuple[float, float]:
-    """Seconds from all bags to their cache, as on a machine of so many cores: a process for each; then samples/s from it."""
+def together(folder: Path, cores: int) -> float:
+    """Seconds from all bags to their cache, as on a machine of so many cores: a process for each."""
     cache = Path(folder, "cache")
-    config = load(None, [*settings(folder, cache), f"training.steps={STEPS}"])
+    config = load(None, settings(folder, cache))
     with mock.patch.object(build, "usable_cores", lambda: cores):
         start = time.perf_counter()
-        dataset = load_dataset(config)
+        load_dataset(config)
         elapsed = time.perf_counter() - start
-    start = time.perf_counter()
-    for _ in batches(dataset.train, config, 0):
-        pass
-    samples = STEPS * config.training.batch_size / (time.perf_counter() - start)
     shutil.rmtree(cache)
-    return elapsed, samples
+    return elapsed
 
 
 def script(name: str, *arguments: str | Path) -> str:
@@ -203,9 +197,8 @@ def main() -> None:
         f"{rate['ours'] / rate['bare']:.0%} of bare; by bag {min(ratios):.0%} to {max(ratios):.0%}"
     )
     print(f"cache: {totals['ours'][2] / size:.2f} of the bags; encoding costs {pixel_error(frames):.2f} of 255 a pixel")
-    for (alone, one), (shared, other) in processes:
+    for alone, shared in processes:
         print(f"all at once: {alone:.1f} s by one process, {shared:.1f} s by two, {alone / shared:.2f} times as fast")
-        print(f"batches of {SIZE[0]}x{SIZE[1]} delivered: {one:.0f} and {other:.0f} samples/s")
     for what, figures in scripts.items():
         print(f"{what}: {figures}")
 

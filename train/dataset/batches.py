@@ -61,8 +61,7 @@ class Frames(NamedTuple):
         """Fill out (H, W, 3) uint8. Raises Fault if the picture is damaged."""
         file, (begin, size) = self.files[self.file[tick]], self.span[tick]
         with file.open("rb", buffering=0) as content:
-            content.seek(begin)
-            jpeg = content.read(size)
+            jpeg = os.pread(content.fileno(), size, begin)
         pixels = decode(jpeg) if len(jpeg) == size else None
         if pixels is None or pixels.shape != out.shape:
             raise Fault(f"{file}: is truncated or damaged; delete its folder and run the same command to resume")
@@ -70,10 +69,11 @@ class Frames(NamedTuple):
 
 
 @functools.cache
-def _decoders() -> ThreadPoolExecutor:
-    """As many threads as this process may use cores; OpenCV releases the GIL."""
+def _decoders() -> tuple[ThreadPoolExecutor, int]:
+    """As many threads as this process may use cores, and their number; OpenCV releases the GIL."""
     shared_by = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's processes on this machine
-    return ThreadPoolExecutor(max(1, min(MOST_DECODERS, usable_cores() // shared_by)), "decode")
+    threads = max(1, min(MOST_DECODERS, usable_cores() // shared_by))
+    return ThreadPoolExecutor(threads, "decode"), threads
 
 
 class Split(NamedTuple):
@@ -96,13 +96,14 @@ class Split(NamedTuple):
         images = None
         if self.frames:
             images = torch.empty(len(ticks), len(self.frames), *self.image_size, 3, dtype=torch.uint8, pin_memory=pin)
-            reads = [
-                _decoders().submit(frames.read, tick, images[b, c].numpy())
-                for c, frames in enumerate(self.frames.values())
-                for b, tick in enumerate(ticks)
-            ]
-            for read in reads:
-                read.result()
+            wanted = list(itertools.product(enumerate(self.frames.values()), enumerate(ticks)))
+            pixels, (pool, threads) = images.numpy(), _decoders()
+
+            def decode_some(first: int) -> None:
+                for (c, frames), (b, tick) in wanted[first::threads]:
+                    frames.read(tick, pixels[b, c])
+
+            list(pool.map(decode_some, range(threads)))  # raises what a thread raised
         return Batch(
             torch.from_numpy(self.state[ticks]),
             images,

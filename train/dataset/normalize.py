@@ -5,6 +5,7 @@ State and action use the training recordings' statistics; pictures use ImageNet'
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -45,12 +46,18 @@ def imagenet() -> Moments:
     return Moments(torch.tensor(IMAGENET_MEAN).view(3, 1, 1), torch.tensor(IMAGENET_STD).view(3, 1, 1))
 
 
-class Normalizer(NamedTuple):
+@dataclass
+class Normalizer:
     """The moments of everything that the network reads and writes."""
 
     state: Moments
     action: Moments
     cameras: dict[str, Moments]  # in the order of the network's input
+
+    def __post_init__(self) -> None:
+        if self.cameras:  # made once: of pixel values from 0 to 255, (C, 1, 1, 3) each
+            mean, std = (torch.stack(each).view(-1, 1, 1, 3) for each in zip(*self.cameras.values(), strict=True))
+            self.pixels = Moments(mean * 255, (std + EPS) * 255)
 
     def to(self, device: torch.device) -> Normalizer:
         cameras = {name: camera.to(device) for name, camera in self.cameras.items()}
@@ -60,6 +67,4 @@ class Normalizer(NamedTuple):
         """(B, C, H, W, 3) uint8 as (B, C, 3, H, W) float, normalized, in channels-last memory; None stays None."""
         if pixels is None:
             return None
-        mean = torch.stack([camera.mean.view(3) for camera in self.cameras.values()])[:, None, None]
-        std = torch.stack([camera.std.view(3) for camera in self.cameras.values()])[:, None, None]
-        return pixels.float().sub_(mean * 255).div_((std + EPS) * 255).permute(0, 1, 4, 2, 3)
+        return pixels.float().sub_(self.pixels.mean).div_(self.pixels.std).permute(0, 1, 4, 2, 3)

@@ -131,7 +131,7 @@ def _read(folder: Path) -> Pretrained:
     cameras = [key.removeprefix(CAMERA) for key in inputs if key.startswith(CAMERA)]
     model = ACT(config, state_dim, action_dim, len(cameras))
     model.load_state_dict({key.removeprefix("model."): value for key, value in weights.items()})
-    normalizer = normalizer._replace(cameras={camera: normalizer.cameras[camera] for camera in cameras})
+    normalizer = dataclasses.replace(normalizer, cameras={camera: normalizer.cameras[camera] for camera in cameras})
     height, width = inputs[CAMERA + cameras[0]]["shape"][1:] if cameras else (0, 0)
     faults = list(_contradictions(weights, normalizer, robot, state_dim, action_dim))
     if written_beside and not faults and written_beside != _hash_of_companions(folder):

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import functools
 import io
 import json
 import os
@@ -151,6 +152,27 @@ def test_a_step_mixes_no_devices_and_trains_every_parameter() -> None:
     loss, _, _ = train.losses(model, normalizer, batch, Run(config, cast(Any, None)))
     loss.backward()
     assert loss.device == meta and not [name for name, p in model.named_parameters() if p.grad is None]
+
+
+def test_compiled_it_trains_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traced as torch.compile traces it, but not translated to C++, which takes minutes: benchmarks/train_step.py does."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    path = tiny(recorded(tmp_path), "model.dropout=0", "training.steps=5")
+    whole = trained(path, f"output_dir={tmp_path}/whole")
+    compiled = trained(path, "training.compile=true")
+    weights = [load_file(last / "pretrained_model/model.safetensors") for last in (whole, compiled)]
+    assert weights[0].keys() == weights[1].keys(), "the plain model's names"
+    assert max((weights[0][key] - weights[1][key]).abs().max().item() for key in weights[0]) < 1e-5
+    assert torch._dynamo.utils.counters["frames"]["ok"] == 1, "one graph for all steps"
+
+
+def test_no_room_for_the_checkpoints_is_told_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tiny(recorded(tmp_path))
+    assert "3 more checkpoints of 135 MB" in run("--config", path, "--dry-run").stdout
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: mock.Mock(free=300e6))
+    done = run("--config", path, check=False)
+    assert done.returncode == 1 and "needs room for 3 more checkpoints of 135 MB, 300 MB are free" in done.stderr
+    assert run("--config", path, "training.save_every=9").returncode == 0
 
 
 def test_the_loaded_policy_is_the_trained_one(tmp_path: Path) -> None:
@@ -423,13 +445,21 @@ def test_only_a_full_or_closed_disk_is_called_so(error: OSError, said: str) -> N
     ("full", "size", "words"),
     [
         ("cache", "100k", ["cannot write the cache", "free some"]),
-        ("run", "30m", ["checkpoint_000005", "cannot write", "run the same command"]),
+        ("run", "30m", ["needs room for 3 more checkpoints", "output_dir"]),
+        (
+            "run",
+            "600m",
+            ["checkpoint_000005", "cannot write", "run the same command"],
+        ),  # filled by others while it trains
     ],
 )
 def test_a_full_disk(tmp_path: Path, full: str, size: str, words: list[str]) -> None:
-    path = tiny(recorded(tmp_path))
+    path = tiny(recorded(tmp_path), "training.log_every=100", "data.validation_fraction=0")
     (tmp_path / full).mkdir(exist_ok=True)
-    script = f"mount -t tmpfs -o size={size} none {tmp_path}/{full} && {sys.executable} {SCRIPT} --config {path}; code=$?; ls -A {tmp_path}/{full}; exit $code"
+    script = f"""mount -t tmpfs -o size={size} none {tmp_path}/{full} || exit
+        {sys.executable} {SCRIPT} --config {path} & until [ -e {tmp_path}/run/metrics.jsonl ]; do kill -0 $! || break; sleep 0.01; done
+        if [ {size} = 600m ]; then head -c 1G /dev/zero > {tmp_path}/run/others; fi
+        wait $!; code=$?; ls -A {tmp_path}/{full}; exit $code"""
     done = subprocess.run(["unshare", "-m", "sh", "-c", script], capture_output=True, text=True)
     if "mount:" in done.stderr or "unshare:" in done.stderr:
         pytest.skip(f"no mount here: {done.stderr}")

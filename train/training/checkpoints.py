@@ -10,6 +10,7 @@ best.json             names the checkpoint with the smallest validation error, w
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -108,6 +109,21 @@ def save(state: TrainingState, normalizer: Normalizer, run: Run, validation_l1: 
         newest = newest_checkpoint(folder)
         again = f"run the same command to resume from {newest.name}" if newest else "run the same command again"
         raise Fault(f"{final}: cannot write ({error}); free some space or set output_dir, then {again}") from None
+
+
+def room(model: ACT, run: Run, step: int) -> str:
+    """What the checkpoints after a step will take, in words. Raises Fault if the disk has no room for them."""
+    folder, settings = run.config.output_dir, run.config.training
+    each = 12 * sum(p.numel() for p in model.parameters())  # weight and two moments, float32
+    to_write = math.ceil(settings.steps / settings.save_every) - step // settings.save_every
+    kept = settings.keep_checkpoints + 2  # the best one, and the one being written
+    count = min(to_write, max(kept - len(complete_checkpoints(folder)), 1))
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    needed, free = count * each, shutil.disk_usage(existing).free
+    sizes = f"{count} more checkpoints of {each / 1e6:.0f} MB, {free / 1e6:.0f} MB are free"
+    if needed > free:
+        raise Fault(f"{folder}: needs room for {sizes}; free some space, set output_dir or training.keep_checkpoints")
+    return f"disk    {sizes} in {folder}"
 
 
 def restore(checkpoint: Path, state: TrainingState, run: Run) -> TrainingState:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from dataset.batches import Batch
+from faults import Fault
 from files import write_whole
 
 
@@ -57,7 +58,11 @@ class Log:
 
     def line(self, step: int, figures: dict[str, float]) -> None:
         if self.file:
-            self.file.write(json.dumps({"step": step, **figures}) + "\n")
+            try:
+                self.file.write(json.dumps({"step": step, **figures}) + "\n")
+            except OSError as error:
+                advice = "free some space, and run the same command to resume"
+                raise Fault(f"{self.file.name}: cannot write ({error.strerror}); {advice}") from None
         for name, value in figures.items() if self.board else ():
             self.board.add_scalar(name, value, step)
 

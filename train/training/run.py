@@ -65,6 +65,15 @@ class Run:
             versions=versions(),
         )
 
+    def costs(self, model: ACT) -> str:
+        """What the network takes in memory, in words."""
+        parameters = sum(p.numel() for p in model.parameters())
+        megabytes = parameters * 16 / 1e6  # weight, gradient and two moments, float32
+        return (
+            f"memory  {parameters / 1e6:.1f} M parameters: {megabytes:.0f} MB for weights, gradients and optimizer, "
+            "plus activations"
+        )
+
     def report(self) -> str:
         """What will be trained on: episodes, shapes, samples, sizes, warnings."""
         return "\n".join(self._report())
@@ -92,13 +101,6 @@ class Run:
         names = ", ".join(dataset.action_names)
         yield f"action  ({batch}, {chunk}, {len(dataset.action_names)}) {data.action.as_}, {source}: {names}"
         yield f"cache   {dataset.cache_bytes / 1e6:.0f} MB in {data.cache_dir}"
-        with torch.device("meta"):
-            parameters = sum(p.numel() for p in self.new_model().parameters())
-        megabytes = parameters * 16 / 1e6  # weight, gradient and two moments, float32
-        yield (
-            f"memory  {parameters / 1e6:.1f} M parameters: {megabytes:.0f} MB for weights, gradients and optimizer, "
-            "plus activations"
-        )
         for name, ticks in dataset.ticks(data.action.as_ == "delta"):
             for warning in (*dataset.warnings[name], *plausibility.warnings(ticks, config)):
                 yield f"warning: {name}: {warning}"
