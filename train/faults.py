@@ -22,8 +22,9 @@ class Fault(Exception):
 
     code = 1  # the command's exit code
 
-    def __init__(self, *lines: str) -> None:
+    def __init__(self, *lines: str, code: int | None = None) -> None:
         super().__init__(*(SECRETS.sub("***", line) for line in lines))
+        self.code = code or self.code
 
     def __str__(self) -> str:
         return "\n".join(self.args)

@@ -183,10 +183,10 @@ def start(run: Run) -> TrainingState:
     if newest is not None:
         state = checkpoints.restore(newest, state, run)
         print(f"resuming from {newest}", flush=True)
+    if first:
+        checkpoints.check_room(run, state.step)
     if run.processes.world > 1:
         state = checkpoints.receive(state, run)
-    if first:
-        print(run.costs(model), checkpoints.room(model, run, state.step), sep="\n", flush=True)
     if first and (state.step < config.training.steps or not (folder / "config.yaml").exists()):
         for killed in folder.glob(".checkpoint_*.tmp"):
             shutil.rmtree(killed)
@@ -248,8 +248,8 @@ def dry_run(config: Config, processes: Processes) -> Dataset:
         dataset = load_dataset(config)
     if processes.first:
         run = Run(config, dataset, processes=processes)
-        model = run.new_model()
-        print("\n".join([run.report(), run.costs(model), checkpoints.room(model, run, 0), *older_caches(config.data)]))
+        print("\n".join([run.report(), *older_caches(config.data)]))
+        checkpoints.check_room(run, 0)
         if config.training.augment and config.data.cameras:
             picture = config.output_dir / "augmented.png"
             Augment(config.training.augment, config.data.image_size).draw(dataset.train, picture)

@@ -118,6 +118,7 @@ def theirs(folder: Path, config: Config) -> tuple[float, float, float, float, in
     command: list[str | Path] = [LEROBOT / "lerobot-train", "--dataset.repo_id=local/bags", f"--dataset.root={dataset}"]
     command += ["--policy.type=act", *(f"--policy.{key}={str(value).lower()}" for key, value in model.items())]
     command += [f"--steps={config.training.steps}", f"--batch_size={config.training.batch_size}", "--num_workers=2"]
+    command += ["--tolerance_s=0.001"]  # its default fails for videos of more than 18 minutes: float32
     command += ["--log_freq=50", f"--output_dir={folder / 'theirs'}", "--wandb.enable=false", "--env_eval_freq=0"]
     started = time.perf_counter()
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)

@@ -111,19 +111,19 @@ def save(state: TrainingState, normalizer: Normalizer, run: Run, validation_l1: 
         raise Fault(f"{final}: cannot write ({error}); free some space or set output_dir, then {again}") from None
 
 
-def room(model: ACT, run: Run, step: int) -> str:
-    """What the checkpoints after a step will take, in words. Raises Fault if the disk has no room for them."""
+def check_room(run: Run, step: int) -> None:
+    """Raises Fault if the disk has no room for the checkpoints that will be kept after a step."""
     folder, settings = run.config.output_dir, run.config.training
-    each = 12 * sum(p.numel() for p in model.parameters())  # weight and two moments, float32
+    each = 12 * run.parameters  # weight and two moments, float32
     to_write = math.ceil(settings.steps / settings.save_every) - step // settings.save_every
-    kept = settings.keep_checkpoints + 2  # the best one, and the one being written
-    count = min(to_write, max(kept - len(complete_checkpoints(folder)), 1))
-    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    needed, free = count * each, shutil.disk_usage(existing).free
-    sizes = f"{count} more checkpoints of {each / 1e6:.0f} MB, {free / 1e6:.0f} MB are free"
-    if needed > free:
-        raise Fault(f"{folder}: needs room for {sizes}; free some space, set output_dir or training.keep_checkpoints")
-    return f"disk    {sizes} in {folder}"
+    kept = settings.keep_checkpoints + 2 - len(complete_checkpoints(folder))  # the best, and the one being written
+    count = min(to_write, max(kept, 1))
+    free = shutil.disk_usage(next(path for path in (folder, *folder.absolute().parents) if path.exists())).free
+    if count * each > free:
+        raise Fault(
+            f"{folder}: needs {count * each / 1e6:.0f} MB for {count} checkpoints, {free / 1e6:.0f} MB are free; free some "
+            "space, set output_dir or a smaller training.keep_checkpoints"
+        )
 
 
 def restore(checkpoint: Path, state: TrainingState, run: Run) -> TrainingState:

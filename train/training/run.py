@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -65,14 +66,10 @@ class Run:
             versions=versions(),
         )
 
-    def costs(self, model: ACT) -> str:
-        """What the network takes in memory, in words."""
-        parameters = sum(p.numel() for p in model.parameters())
-        megabytes = parameters * 16 / 1e6  # weight, gradient and two moments, float32
-        return (
-            f"memory  {parameters / 1e6:.1f} M parameters: {megabytes:.0f} MB for weights, gradients and optimizer, "
-            "plus activations"
-        )
+    @cached_property
+    def parameters(self) -> int:
+        """The network's numbers."""
+        return sum(p.numel() for p in self.new_model().parameters())
 
     def report(self) -> str:
         """What will be trained on: episodes, shapes, samples, sizes, warnings."""
@@ -101,6 +98,11 @@ class Run:
         names = ", ".join(dataset.action_names)
         yield f"action  ({batch}, {chunk}, {len(dataset.action_names)}) {data.action.as_}, {source}: {names}"
         yield f"cache   {dataset.cache_bytes / 1e6:.0f} MB in {data.cache_dir}"
+        megabytes = self.parameters * 16 / 1e6  # weight, gradient and two moments, float32
+        yield (
+            f"memory  {self.parameters / 1e6:.1f} M parameters: {megabytes:.0f} MB for weights, gradients and optimizer, "
+            "plus activations"
+        )
         for name, ticks in dataset.ticks(data.action.as_ == "delta"):
             for warning in (*dataset.warnings[name], *plausibility.warnings(ticks, config)):
                 yield f"warning: {name}: {warning}"
