@@ -1,7 +1,7 @@
 """From bags to trained steps, ours against LeRobot 0.6.1, in turn: the same bags, the same network, the same steps.
 
     make -C train .venv-lerobot-0.6.1/training
-    python benchmarks/train_from_bags.py               1 GB of bags, 18 minutes of one camera; 200 steps
+    python benchmarks/train_from_bags.py               0.3 GB of bags, 6 minutes of one camera; 200 steps
     python benchmarks/train_from_bags.py --alone       ours only
 
 Ours is train.py, from bags to a checkpoint. LeRobot's is a conversion to its dataset, as lerobot_dataset.py does it, then
@@ -39,7 +39,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--megabytes", type=float, default=1000, help="of bags")
+    parser.add_argument("--megabytes", type=float, default=300, help="of bags")
     parser.add_argument("--alone", action="store_true", help="without LeRobot")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:

@@ -113,12 +113,22 @@ def installed(image: str) -> dict[str, str]:
     return {package["name"]: package["version"] for package in listed}
 
 
-def test_it_adds_to_its_base_and_changes_nothing_there(image: str) -> None:
+def test_it_adds_to_its_base_and_changes_nothing_there(image: str, capsys: pytest.CaptureFixture[str]) -> None:
     before, after = installed(image.replace("rosbag-act", "standin")), installed(image)
     assert {"torch", "torchvision", "numpy", "pillow", "PyYAML"} <= before.keys() and before["numpy"] == "1.26.4"
     assert after.items() >= before.items()
     added = {name: version for name, version in after.items() if name not in before}
-    assert added["rosbags"] == "0.11.9" and added["opencv-python-headless"] == "4.11.0.86" and "safetensors" in added
+    sizes = [
+        json.loads(run("podman", *STORAGE, "image", "inspect", tag).stdout)[0]["Size"]
+        for tag in (image, image.replace("rosbag-act", "standin"))
+    ]
+    with capsys.disabled():
+        print(f"\n{image}: adds {(sizes[0] - sizes[1]) / 1e6:.0f} MB to its base")
+    assert (
+        added["rosbags"] == "0.11.9"
+        and added["opencv-python-headless"] == "4.11.0.86"
+        and {"safetensors", "tensorboard"} <= added.keys()
+    )
 
 
 def test_it_holds_the_code_and_says_what_it_is(image: str) -> None:
@@ -136,7 +146,8 @@ def test_it_holds_the_code_and_says_what_it_is(image: str) -> None:
     assert in_pod(image).startswith("usage: train.py")
 
 
-def test_it_trains_in_a_pod(image: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("launcher", ["python", "torchrun --standalone --nproc_per_node=2"])
+def test_it_trains_in_a_pod(image: str, tmp_path: Path, launcher: str) -> None:
     for i in range(3):
         write(tmp_path / f"input/episode_{i}", episode(seed=i))
     output = tmp_path / "output"
@@ -155,7 +166,7 @@ def test_it_trains_in_a_pod(image: str, tmp_path: Path) -> None:
         f"{output}:/osmo/data/output",
         f"{config}:/osmo/{config.name}:ro",
     )
-    said = in_pod(image, "python", "train.py", "--config", f"/osmo/{config.name}", volumes=volumes)
+    said = in_pod(image, *launcher.split(), "train.py", "--config", f"/osmo/{config.name}", volumes=volumes)
     assert "policy: /osmo/data/output/run/checkpoint_000005/pretrained_model" in said
     Policy.load(output / "run/checkpoint_000005/pretrained_model")
 
