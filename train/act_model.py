@@ -124,8 +124,8 @@ class ACT(nn.Module):
         features = self.encoder_img_feat_input_proj(self.backbone(images.flatten(0, 1)))
         height, width = features.shape[-2:]
         tokens = features.permute(0, 2, 3, 1).reshape(batch, cameras * height * width, -1)
-        place = image_positions if torch.compiler.is_compiling() else made_once
-        return tokens, place(height, width, features.shape[1], features.device).repeat(cameras, 1)
+        positions = image_positions if torch.compiler.is_compiling() else cached_image_positions
+        return tokens, positions(height, width, features.shape[1], features.device).repeat(cameras, 1)
 
 
 def act_loss(
@@ -174,7 +174,7 @@ def image_positions(height: int, width: int, channels: int, device: torch.device
     return torch.cat([y[:, None].expand(-1, width, -1), x.expand(height, -1, -1)], -1).flatten(0, 1)
 
 
-made_once = functools.lru_cache(maxsize=8)(image_positions)  # a compiler cannot see through a cache
+cached_image_positions = functools.lru_cache(maxsize=8)(image_positions)  # a compiler cannot see through a cache
 
 
 class Encoder(nn.Module):

@@ -1,7 +1,6 @@
 """Submit the training to OSMO: check, validate, upload local recordings, submit once, print the next commands.
 
-    python train/osmo/submit.py --rosbags bags/ --run cups training.steps=20000
-    python train/osmo/submit.py --gpus 8 --set memory=64 --set image=REGISTRY/rosbag-act:2
+    python train/osmo/submit.py --rosbags bags/ --run cups --gpus 8 --set memory=64 training.steps=20000
     python train/osmo/submit.py data.bag_dir=https://ACCOUNT.blob.core.windows.net/CONTAINER/PREFIX --set azure_cred=NAME
     python train/osmo/submit.py --fetch cups                          # the newest checkpoint of a run, into outputs/osmo/cups
 
@@ -38,25 +37,28 @@ STILL = ("PENDING", "RUNNING", "WAITING")  # states before the end of a workflow
 def main() -> None:
     try:
         defaults = yaml.safe_load(WORKFLOW.read_text().partition("\ndefault-values:\n")[2])
-    except yaml.YAMLError as error:
-        raise Fault(f"{WORKFLOW}: default-values: is not valid YAML: {' '.join(str(error).split())}") from None
+        if wrong := [key for key in ("run", "runs", "rosbags", "settings") if not isinstance(defaults[key], str)]:
+            raise ValueError(f"{', '.join(wrong)}: expected text, in quotes")
+        shlex.split(defaults["settings"])  # an open quote
+    except (yaml.YAMLError, ValueError, KeyError, TypeError) as error:
+        raise Fault(f"{WORKFLOW}: default-values: {' '.join(str(error).split())}") from None
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--server", default="http://192.168.1.100", metavar="URL", help="the OSMO server [%(default)s]")
     parser.add_argument("--pool", default="gpu-pool", help="[%(default)s]")
     parser.add_argument("--priority", choices=("HIGH", "NORMAL", "LOW"), help="LOW may be pre-empted, and is run again")
     for key in ("run", "rosbags", "gpus"):
-        parser.add_argument(f"--{key}", help=f"short for --set {key}=... [{defaults[key]}]")
+        parser.add_argument(f"--{key}", help=f"short for --set {key}=... [{defaults.get(key)}]")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=f"any of {', '.join(defaults)}")
     parser.add_argument("--dry-run", action="store_true", help="print the osmo commands, run none")
     parser.add_argument("--follow", action="store_true", help="stream the log; exit code 0 if the run completed")
     parser.add_argument("--fetch", metavar="RUN", help="download the newest checkpoint of a run to outputs/osmo/RUN")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="of the training: training.steps=20000")
     arguments = parser.parse_intermixed_args()
+    if wrong := [word for word in arguments.set if not re.match(rf"(?!settings)({'|'.join(defaults)})=", word)]:
+        raise Fault(f"--set {', '.join(wrong)}: expected KEY=VALUE, a key of {', '.join(defaults)}")
     chosen = dict(word.partition("=")[::2] for word in arguments.set)
     chosen |= {key: given for key in ("run", "rosbags", "gpus") if (given := getattr(arguments, key)) is not None}
     chosen |= {"settings": shlex.join(arguments.settings)} if arguments.settings else {}
-    if unknown := chosen.keys() - defaults.keys():
-        raise Fault(f"--set {', '.join(sorted(unknown))}: no such value; expected any of {', '.join(defaults)}")
     if arguments.fetch is None:
         return submit(arguments, defaults, chosen)
     check_login(arguments.server)
@@ -72,8 +74,8 @@ def submit(arguments: argparse.Namespace, defaults: dict[str, Any], chosen: dict
         raise Fault(f"--rosbags {rosbags}: expected a URL, or a folder with recordings; not also data.bag_dir=http...")
     chosen |= {"rosbags": f"{defaults['rosbags']}/{folder.name}"} if folder else {}
     workflow = [str(WORKFLOW), "--pool", arguments.pool]
-    for flag, kind in (("--set", int), ("--set-string", str)):
-        words = [f"{key}={value}" for key, value in chosen.items() if isinstance(defaults[key], kind)]
+    for flag, number in (("--set", True), ("--set-string", False)):
+        words = [f"{key}={value}" for key, value in chosen.items() if isinstance(defaults[key], int) == number]
         workflow += [flag, *words] if words else []
     priority = ["--priority", arguments.priority] if arguments.priority else []
     validate, send = ["workflow", "validate", *workflow], ["workflow", "submit", *workflow, "-t", "json", *priority]
@@ -83,7 +85,7 @@ def submit(arguments: argparse.Namespace, defaults: dict[str, Any], chosen: dict
 
     check_login(arguments.server)
     everybody = ("--name", run, "--all-users", "--count", "1000", "-t", "json", "--status", *STILL)
-    for one in json.loads(osmo("workflow", "list", *everybody))["workflows"]:
+    for one in osmo("workflow", "list", *everybody)["workflows"]:
         if re.fullmatch(re.escape(run) + r"-\d+", name := one["name"]):  # such as one whose answer was cut off
             raise Fault(f"--run {run}: {name} writes its checkpoints; osmo workflow cancel {name}, or another --run")
     if arguments.priority != "LOW":  # validate knows no priority, and refuses what LOW may use
@@ -95,36 +97,37 @@ def submit(arguments: argparse.Namespace, defaults: dict[str, Any], chosen: dict
         faults += [f"{url}/{name}: is not in {folder}; delete it (osmo data delete)" for name in there - here]
         if faults:
             raise Fault(*sorted(faults))
-    answer = ""
     try:
-        answer = osmo(*send)
-        name = json.loads(answer)["name"]
-    except (KeyboardInterrupt, Fault, ValueError, KeyError, TypeError) as error:
+        name = osmo(*send)["name"]
+    except (KeyboardInterrupt, Fault, KeyError, TypeError) as error:
         if re.search(r"\(4\d\d\)$", str(error)):  # a code of HTTP: the server's no
             raise
         code = 130 if isinstance(error, KeyboardInterrupt) else getattr(error, "code", 1)
         look = f"it may have been accepted: check `osmo workflow list --name {run}` before you submit again"
-        raise Fault(f"osmo workflow submit: {answer[:200] or str(error) or 'interrupted'}; {look}", code=code) from None
+        raise Fault(f"osmo workflow submit: {str(error) or 'interrupted'}; {look}", code=code) from None
     print(f"submitted   {name} to {arguments.pool} at {arguments.server}\nlog         osmo workflow logs {name}")
     print(f"checkpoint  python train/osmo/submit.py --fetch {run}", flush=True)
     status = "PENDING" if arguments.follow else "COMPLETED"
     while status in STILL:
         subprocess.run(["osmo", "workflow", "logs", name], check=False)
-        status = json.loads(osmo("workflow", "query", name, "-t", "json"))["status"]
+        status = osmo("workflow", "query", name, "-t", "json")["status"]
         print(f"{name}: {status}", flush=True)
         time.sleep(5 if status in STILL else 0)
     sys.exit(status != "COMPLETED")
 
 
-def osmo(*arguments: str, show: bool = False) -> str:
-    """What an osmo command prints; with `show` it prints to the terminal. Raises Fault with its exit code if it fails."""
+def osmo(*arguments: str, show: bool = False) -> Any:
+    """What an osmo command answers; with `show` it prints to the terminal. Raises Fault with its exit code if it fails."""
     done = subprocess.run(["osmo", *arguments], stdout=None if show else subprocess.PIPE, text=True, check=False)
     if done.returncode:
         said = " ".join((done.stdout or "see above").partition("Traceback")[0].split())
         if found := re.fullmatch(r'\{"message": (".*"), "code": (\d+).*', said):
             said = f"{' '.join(json.loads(found[1]).split())} ({found[2]})"
         raise Fault(f"osmo {' '.join(arguments[:2])}: {said[:1000]}", code=done.returncode)
-    return done.stdout or ""
+    try:
+        return json.loads(done.stdout) if "json" in arguments else done.stdout
+    except ValueError:
+        raise Fault(f"osmo {' '.join(arguments[:2])}: answered {done.stdout[:200]!r}, expected JSON") from None
 
 
 def check_settings(settings: list[str]) -> None:
@@ -170,14 +173,13 @@ def fetch(url: str, folder: Path) -> Path:
     there = listed(f"{url}/checkpoints", rf"checkpoint_\d+/{RESUME}$")
     for name in sorted((path.partition("/")[0] for path in there), key=lambda name: int(name[11:]), reverse=True):
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".", dir=folder) as temporary:
-            half, wanted = Path(temporary), rf"{name}/|config\.yaml$"
-            osmo("data", "download", f"{url}/checkpoints", temporary, "--regex", wanted, show=True)
-            if lack := missing(half / name):
+        with tempfile.TemporaryDirectory(prefix=".", dir=folder) as half:
+            osmo("data", "download", f"{url}/checkpoints", half, "--regex", rf"{name}/|config\.yaml$", show=True)
+            if lack := missing(Path(half, name)):
                 print(f"{name}: skipping incomplete checkpoint: {lack}", file=sys.stderr)
                 continue
             shutil.rmtree(folder / name, ignore_errors=True)  # of an earlier run of the same name
-            for path in half.iterdir():
+            for path in Path(half).iterdir():
                 path.replace(folder / path.name)
         return folder / name / "pretrained_model"
     raise Fault(f"{url}/checkpoints: no complete checkpoint arrived; see the run's log")

@@ -34,6 +34,7 @@ seconds() { # of OSMO's durations, such as 10m
     *m) echo $((${1%m} * 60)) ;;
     *h) echo $((${1%h} * 3600)) ;;
     *d) echo $((${1%d} * 86400)) ;;
+    *[!0-9s]*) echo 600 ;; # another kind, such as PT1H
     *) echo "${1%s}" ;;
   esac
 }
@@ -96,7 +97,8 @@ if [ "$NODE" = 0 ]; then
       "and that your DATA credential may write to it (osmo credential list)" >&2
     exit 1
   fi
-  trap 'status=$?; kill $(jobs -p) 2>/dev/null || true; if [ -n "${mine:-}" ]; then publish || true; fi; own 0; exit "$status"' EXIT
+  # a stage of its own: what the loop was copying may go on for a moment
+  trap 'status=$?; kill $(jobs -p) 2>/dev/null || true; stage=$(mktemp -d "$stage.XXXX"); if [ -n "${mine:-}" ]; then publish || true; fi; own 0; exit "$status"' EXIT
   alone
   mine=yes
   # Checkpoints in the pod are newer: OSMO may run this again in the same pod.

@@ -1,9 +1,7 @@
 """The CUDA paths, on a machine with an NVIDIA GPU: `make gpu`. Elsewhere they skip."""
 
-import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_dataset import recorded
-from test_train import SCRIPT, tiny
+from test_train import SCRIPT, kill_at, logged, tiny
 
 import train
 from act_model import ACT
@@ -58,8 +56,7 @@ def test_it_learns_and_its_policy_is_the_same_on_the_cpu(tmp_path: Path, precisi
     config = load(tiny(recorded(tmp_path), *ON_GPU, f"training.precision={precision}"))
     data = load_dataset(config)
     last = train.train(Run(config, data, torch.device("cuda"), precision=precision))
-    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    losses = [line["loss"] for line in lines if "loss" in line]
+    losses = [line["loss"] for line in logged(tmp_path / "run") if "loss" in line]
     assert losses[-1] < 0.7 * losses[0]
     batch = data.validation.gather(np.arange(8)).to
     here, there = (pretrained.load(last, on).predict(*batch(torch.device(on))[:2]) for on in ("cpu", "cuda"))
@@ -68,13 +65,7 @@ def test_it_learns_and_its_policy_is_the_same_on_the_cpu(tmp_path: Path, precisi
 
 def test_a_killed_run_resumes(tmp_path: Path) -> None:
     path = tiny(recorded(tmp_path), *ON_GPU)
-    process = subprocess.Popen(
-        [sys.executable, SCRIPT, "--config", path, "training.steps=100000"], stderr=subprocess.DEVNULL
-    )
-    while not (tmp_path / "run/checkpoint_000025").exists() and process.poll() is None:
-        time.sleep(0.01)
-    process.kill()
-    process.wait()
+    kill_at(tmp_path / "run/checkpoint_000025", path)
     newest = run_folder.newest_checkpoint(tmp_path / "run")
     assert newest is not None
     steps = int(newest.name[-6:]) + 25
@@ -106,6 +97,5 @@ def test_compiled_it_has_the_same_losses(tmp_path: Path, precision: str) -> None
         out = tmp_path / compiled
         config = load(path, [f"output_dir={out}", "training.steps=20", f"training.compile={compiled}"])
         train.train(Run(config, load_dataset(config), torch.device("cuda"), precision=precision))
-        lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-        curves.append([line["loss"] for line in lines if "loss" in line])
+        curves.append([line["loss"] for line in logged(out) if "loss" in line])
     assert curves[0] == pytest.approx(curves[1], rel=1e-4 if precision == "fp32" else 1e-2)

@@ -220,6 +220,7 @@ REFUSED = (
         ("workflow validate", 1, REFUSED, ["Extra inputs are not permitted"], 0),
         ("workflow list", 10, DOWN, ["Connection refused"], 0),
         ("workflow list", 2, EXPIRED, ["Jwt is expired"], 0),
+        ("workflow list", 0, "<html>", ["<html>", "expected JSON"], 0),
         ("workflow submit", 1, {"message": "Validation error", "code": 400}, ["Validation error"], 1),
         ("workflow submit", 75, LIMITED, ["local_rate_limited"], 1),
         ("workflow submit", 10, DOWN, ["Connection refused", "may have been accepted", "osmo workflow list"], 1),
@@ -238,7 +239,7 @@ def test_what_osmo_refuses(world: Path, command: str, code: int, text: Any, word
     ("options", "code", "words"),
     [
         (["--server", "http://10.0.0.9"], 2, ["logged in to http://192.168.1.100, expected http://10.0.0.9"]),
-        (["--set", "gpu=1"], 1, ["--set gpu: no such value", "gpus"]),
+        (["--set", "gpu=1", "--set", "gpus"], 1, ["--set gpu=1, gpus: expected KEY=VALUE", "nodes"]),
         (["--rosbags", "/nowhere"], 1, ["--rosbags /nowhere"]),
         (["--rosbags", str(TRAIN), "data.bag_dir=https://a.blob.core.windows.net/bags"], 1, ["not also data.bag_dir"]),
         (["training.stps=1", "data.fps=x"], 1, ["did you mean training.steps", "data.fps"]),
@@ -260,9 +261,17 @@ def test_a_workflow_file_that_cannot_be_used(world: Path, mine: Path) -> None:
     edit(mine / "train.sh", "set -euo pipefail\n", 'set -euo pipefail\necho "${#settings[@]}"\n')
     done = submit(osmo=mine)
     assert done.returncode == 1 and "train.sh: the server would change its braces" in done.stderr
-    edit(mine / "osmo-workflow.yaml", "  nodes: 1", "  nodes: [1")
-    done = submit(osmo=mine)
-    assert done.returncode == 1 and "default-values: is not valid YAML" in done.stderr and not calls(world)
+    file = (mine / "osmo-workflow.yaml").read_text()
+    for old, new in {
+        "  nodes: 1": "  nodes: [1",
+        "  run: ": "  runn: ",
+        "run: train": "run: 20 #",
+        'settings: ""': "settings: 'a\"'",
+    }.items():
+        (mine / "osmo-workflow.yaml").write_text(file)
+        edit(mine / "osmo-workflow.yaml", old, new)
+        done = submit(osmo=mine)
+        assert done.returncode == 1 and "osmo-workflow.yaml: default-values: " in done.stderr and not calls(world)
 
 
 def test_recordings_that_the_pod_reads_from_blob(world: Path) -> None:

@@ -92,6 +92,17 @@ def trained(path: Path, *overrides: str) -> Path:
     return train.train(Run(config, load_dataset(config)))
 
 
+def kill_at(checkpoint: Path, path: Path) -> None:
+    """Train by a configuration for long, and kill it when the checkpoint is there."""
+    process = subprocess.Popen(
+        [sys.executable, SCRIPT, "--config", path, "training.steps=100000"], stderr=subprocess.DEVNULL
+    )
+    while not checkpoint.exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+
+
 def logged(run_folder: Path) -> list[dict[str, float]]:
     lines = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
     return [
@@ -215,13 +226,7 @@ def test_a_stopped_run_resumes_to_the_bit(tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_killed_run_resumes_from_the_last_checkpoint(tmp_path: Path) -> None:
     path = tiny(recorded(tmp_path), "training.steps=25", "data.validation_fraction=0")
     whole = trained(path, f"output_dir={tmp_path}/whole")
-    process = subprocess.Popen(
-        [sys.executable, SCRIPT, "--config", path, "training.steps=4000"], stderr=subprocess.DEVNULL
-    )
-    while not (tmp_path / "run/checkpoint_000010").exists() and process.poll() is None:
-        time.sleep(0.01)
-    process.kill()
-    process.wait()
+    kill_at(tmp_path / "run/checkpoint_000010", path)
     newest = run_folder.newest_checkpoint(tmp_path / "run")
     assert newest is not None and newest.name < "checkpoint_000025"
     (tmp_path / "run/.checkpoint_000015.tmp").mkdir(exist_ok=True)  # as if it had died while writing

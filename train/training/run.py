@@ -68,7 +68,7 @@ class Run:
 
     @cached_property
     def parameters(self) -> int:
-        """The network's numbers."""
+        """How many numbers the network learns."""
         return sum(p.numel() for p in self.new_model().parameters())
 
     def report(self) -> str:
