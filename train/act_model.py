@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -320,12 +321,14 @@ class ResNet18(nn.Module):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = normed_conv(x, self.conv1, self.bn1)
+    def forward(self, x: Tensor, convolve: Convolve | None = None) -> Tensor:
+        convolve = convolve or normed_conv
         x = F.max_pool2d(
-            x, 3, stride=2, padding=1
+            convolve(x, self.conv1, self.bn1), 3, stride=2, padding=1
         ).relu_()  # relu after pooling: the same result from a quarter of the values
-        return self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        for block in (*self.layer1, *self.layer2, *self.layer3, *self.layer4):
+            x = block(x, convolve)
+        return x
 
 
 class Block(nn.Module):
@@ -341,14 +344,14 @@ class Block(nn.Module):
         if stride != 1:
             self.downsample = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), FrozenBatchNorm(outputs))
 
-    def forward(self, x: Tensor) -> Tensor:
-        shortcut = x if self.downsample is None else normed_conv(x, *self.downsample)
-        x = normed_conv(x, self.conv1, self.bn1).relu_()
-        return normed_conv(x, self.conv2, self.bn2).add_(shortcut).relu_()
+    def forward(self, x: Tensor, convolve: Convolve) -> Tensor:
+        shortcut = x if self.downsample is None else convolve(x, *self.downsample)
+        x = convolve(x, self.conv1, self.bn1).relu_()
+        return convolve(x, self.conv2, self.bn2).add_(shortcut).relu_()
 
 
 class FrozenBatchNorm(nn.Module):
-    """The constants of a batch norm that is not trained: the identity until weights are loaded."""
+    """The constants of a batch norm that is not trained: the identity until weights are loaded or it is calibrated."""
 
     weight: Tensor
     bias: Tensor
@@ -363,6 +366,9 @@ class FrozenBatchNorm(nn.Module):
         self.register_buffer("running_var", torch.ones(channels))
 
 
+Convolve = Callable[[Tensor, nn.Conv2d, FrozenBatchNorm], Tensor]
+
+
 def normed_conv(x: Tensor, conv: nn.Conv2d, norm: FrozenBatchNorm) -> Tensor:
     """A convolution with its frozen norm folded into weight and bias: saves two passes over the feature map."""
     weight, bias = _folded(conv, norm) if conv.bias is None else (conv.weight, conv.bias)
@@ -372,6 +378,23 @@ def normed_conv(x: Tensor, conv: nn.Conv2d, norm: FrozenBatchNorm) -> Tensor:
 def _folded(conv: nn.Conv2d, norm: FrozenBatchNorm) -> tuple[Tensor, Tensor]:
     scale = norm.weight * (norm.running_var + 1e-5).rsqrt()
     return conv.weight * scale[:, None, None, None], norm.bias - norm.running_mean * scale
+
+
+@torch.no_grad()
+def calibrate_norms(backbone: ResNet18, images: Tensor) -> None:
+    """Let each frozen norm of a backbone with random weights make its channels standard normal over images (N, 3, H, W).
+
+    Without it a small object is seen late or never. As data-dependent initialization: Krähenbühl et al. 2016,
+    arXiv:1511.06856.
+    """
+
+    def measured(x: Tensor, conv: nn.Conv2d, norm: FrozenBatchNorm) -> Tensor:
+        variance, mean = torch.var_mean(F.conv2d(x, conv.weight, None, conv.stride, conv.padding), dim=(0, 2, 3))
+        norm.running_mean.copy_(mean)
+        norm.running_var.copy_(variance)
+        return normed_conv(x, conv, norm)
+
+    backbone(images, measured)
 
 
 def fold_norms(backbone: ResNet18) -> None:

@@ -77,6 +77,9 @@ class Data:
         {"color": "/camera/color/image_raw"},
         "name: topic of each camera (Image, CompressedImage, H.264 or H.265 video); `{}` trains on the state alone",
     )
+    crop: dict[str, tuple[float, float, float, float]] = setting(
+        {}, "camera: [top, left, height, width], the part of its picture to use, in fractions; default: all", least=0
+    )
     state: tuple[Signal, ...] = setting((Signal("/joint_states", UR10E_JOINTS),), "the robot's readings to train on")
     action: Action = setting(Action(), "what the policy outputs")
     validation_fraction: float = setting(0.1, "share of the recordings to hold out for validation", least=0, below=1)
@@ -86,6 +89,10 @@ class Data:
         above=0,
     )
     on_bad_bag: Literal["fail", "skip"] = setting("fail", "at a faulty recording: `fail`, or `skip` it (exit code 3)")
+
+    def part_of(self, camera: str) -> tuple[float, float, float, float]:
+        """The part of a camera's picture that is used: top, left, height, width, in fractions."""
+        return self.crop.get(camera, (0.0, 0.0, 1.0, 1.0))
 
     @property
     def commands(self) -> tuple[Signal, ...]:
@@ -377,6 +384,11 @@ def _contradictions(config: Config) -> Iterator[str]:
     for name in data.cameras:
         if not re.fullmatch(r"[A-Za-z0-9_]+", name):
             yield f"data.cameras.{name}: expected a name of letters, digits and _"
+    for name, (top, left, height, width) in data.crop.items():
+        if name not in data.cameras:
+            yield f"data.crop.{name}: no such camera; known: {', '.join(data.cameras)}"
+        if not (height > 0 and width > 0 and top + height <= 1 + 1e-9 and left + width <= 1 + 1e-9):
+            yield f"data.crop.{name}: expected [top, left, height, width] in fractions, within the picture"
     if len(set(data.cameras.values())) < len(data.cameras):
         yield f"data.cameras: two cameras share a topic: {data.cameras}"
     topics = {*data.cameras.values(), *(signal.topic for signal in (*data.state, *commands))}

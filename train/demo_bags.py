@@ -95,8 +95,8 @@ def write_bag(folder: Path, seed: int, messages: list[tuple[int, str, Message]])
     with Writer(partial, version=9, storage_plugin=StoragePlugin.MCAP) as bag:
         bag.set_custom_data("demo_seed", str(seed))
         connections = {
-            topic: bag.add_connection(topic, kind.__msgtype__, typestore=TYPES)
-            for topic, kind in ((JOINT_TOPIC, JointState), (CAMERA_TOPIC, CompressedImage), (COMMAND_TOPIC, JointState))
+            topic: bag.add_connection(topic, kind, typestore=TYPES)
+            for topic, kind in sorted({(topic, message.__msgtype__) for _, topic, message in messages})
         }
         for received, topic, message in messages:
             bag.write(connections[topic], received, TYPES.serialize_cdr(message, message.__msgtype__))

@@ -24,7 +24,7 @@ from config import Config, load
 from dataset.batches import Dataset
 from dataset.cache import load_dataset
 from evaluation.closed_loop import simulate
-from evaluation.errors import METHODS, measure, summary
+from evaluation.errors import METHODS, measure, summary, warning
 from evaluation.report import judge
 from faults import Fault, exit_with_message
 from files import write_json
@@ -40,7 +40,9 @@ def table(figures: dict[str, Any]) -> str:
     errors, ahead, fps = figures["mean_absolute_error"], figures["ticks_ahead"], figures["fps"]
     headings = [[*textwrap.wrap(METHODS[method], 12), "", ""] for method in errors]
     recordings, moments = len(figures["recordings"]), figures["moments"]
+    doubt = warning(figures)
     lines = [
+        *(textwrap.wrap(f"warning: {doubt}", 100) if doubt else ()),
         f"{recordings} recordings not trained on, {moments} moments, {ahead} ticks ahead at {fps:g} Hz",
         f"mean absolute error, {figures['unit']}",
         *(" " * 22 + "".join(f"{words[row]:>13}" for words in headings) for row in (0, 1)),
@@ -57,9 +59,12 @@ def table(figures: dict[str, Any]) -> str:
     row("of holding still", [each["all"] / still for each in errors.values()], ".0%")
     for step in _steps_ahead(figures):
         row(f"all, {(step + 1) / fps:.2f} s ahead", [each["by_step_ahead"][step] for each in errors.values()])
-    if shares := figures["share_of_error_explained_by_vision"]:
-        words = ", ".join(f"{share:.0%} ({METHODS[method]})" for method, share in shares.items())
-        lines.append(f"share of the error that vision explains: {words}")
+    starts = figures["at_the_first_tick_of_episodes"]
+    row("all, at first ticks", [*starts["mean_absolute_error"].values()])
+    for where, shares in (("", figures), (" at first ticks", starts)):
+        if by := shares["share_of_error_explained_by_vision"]:
+            words = ", ".join(f"{share:.0%} ({METHODS[method]})" for method, share in by.items())
+            lines.append(f"share of the error that vision explains{where}: {words}")
     latency = figures["latency_ms"]
     lines.append(
         f"latency {latency['median']:.1f} ms (median), {latency['percentile_95']:.1f} ms (95 %), {latency['device']}"
@@ -126,6 +131,7 @@ def load_recordings(policy: Pretrained, config: Config, bags: Path | None) -> Da
         "data.fps": (config.data.fps, robot.fps),
         "data.image_size": (config.data.image_size, image_size),
         "data.cameras": (list(config.data.cameras), list(robot.cameras)),
+        "data.crop": ([config.data.part_of(name) for name in config.data.cameras], robot.parts),
         "data.state": (list(dataset.state_names), robot.state_names),
         "data.action": (list(dataset.action_names), robot.action_names),
         "data.action.as": (config.data.action.as_, robot.action_as),

@@ -228,6 +228,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=Path(__file__).with_name("config.yaml"), metavar="FILE")
     parser.add_argument("--dry-run", action="store_true", help="read and cache every bag, report, do not train")
+    parser.add_argument("--no-evaluation", action="store_true", help="do not judge the policy at the end")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, such as training.steps=20000")
     arguments = parser.parse_intermixed_args()
     with exit_with_message(), process_group() as processes:
@@ -237,7 +238,7 @@ def main() -> None:
             dataset = dry_run(config, processes)
         else:
             with run_folder.held(config.output_dir) if processes.first else nullcontext():
-                dataset = train_and_judge(config, processes)
+                dataset = train_and_judge(config, processes, not arguments.no_evaluation)
     if dataset.skipped:
         processes.end_with(SKIPPED)
 
@@ -257,8 +258,8 @@ def dry_run(config: Config, processes: Processes) -> Dataset:
     return dataset
 
 
-def train_and_judge(config: Config, processes: Processes) -> Dataset:
-    """Choose device and precision, read every bag, train, judge the policy."""
+def train_and_judge(config: Config, processes: Processes, judges: bool) -> Dataset:
+    """Choose device and precision, read every bag, train, judge the policy if `judges`."""
     device = choose_device(config.training.device, processes)
     precision, why = choose_precision(config, device, processes)
     if processes.first:
@@ -278,7 +279,8 @@ def train_and_judge(config: Config, processes: Processes) -> Dataset:
         ) from None
     if processes.first:
         print(f"policy: {last / 'pretrained_model'}", flush=True)
-        judge_at_the_end(last, config, dataset, str(device))
+        if judges:
+            judge_at_the_end(last, config, dataset, str(device))
     return dataset
 
 

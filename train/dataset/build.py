@@ -201,7 +201,8 @@ def _write(
             files[topic].write(jpeg)
             report(1 / total)
 
-        sizes = read_frames(bag, wanted, data.image_size, keep, decoders) if wanted else {}
+        parts = {topic: data.part_of(camera) for camera, topic in data.cameras.items()}
+        sizes = read_frames(bag, wanted, data.image_size, parts, keep, decoders) if wanted else {}
     for camera, topic in data.cameras.items():
         np.save(folder / f"{camera}.npy", spans[topic][row[topic]])
     meta = {

@@ -38,7 +38,7 @@ from evaluation.simulated_arm import (
 from faults import Fault
 from files import write_json, write_whole
 from policy.pretrained import Pretrained
-from recordings.images import resize
+from recordings.images import WHOLE, view
 
 TRIAL_S = 4.0
 TOLERANCES = (0.05, 0.04, 0.03)  # of the flange from its goal over the disc
@@ -143,6 +143,7 @@ def simulate(policy: Pretrained, trials: int, folder: Path) -> str:
     if trials < 2:
         raise Fault(f"--simulate {trials}: expected at least 2 trials: each gets the camera of another as a control")
     arm, scenes = controller(policy), unseen(trials)
+    part = policy.robot.parts[0] if policy.robot else WHOLE
     others = np.roll(np.arange(trials), 1)
     seen: dict[int, Image] = {}
 
@@ -151,7 +152,7 @@ def simulate(policy: Pretrained, trials: int, folder: Path) -> str:
         return seen[tick]
 
     def predict(q: Array, pictures: Image) -> Array:
-        pixels = np.stack([resize(picture, policy.image_size) for picture in pictures])[:, None]
+        pixels = np.stack([view(picture, policy.image_size, part) for picture in pictures])[:, None]
         return policy.predict(torch.from_numpy(q).float(), torch.from_numpy(pixels)).double().numpy()
 
     run = functools.partial(drive, predict, starts=scenes.starts, arm=arm)

@@ -17,6 +17,7 @@ from policy.pretrained import Pretrained
 
 SAMPLES = 512  # spread evenly over the ticks
 BATCH = 32
+LOOKS = 0.15  # least share of the error that vision explains: blind policies had 0.06 to 0.08, seeing ones 0.40 to 0.45
 METHODS = {
     "policy": "policy",
     "holding_still": "holding still",
@@ -36,6 +37,7 @@ class Judgement(NamedTuple):
     split: Split  # judged by
     ticks: np.ndarray  # (N,) of the split
     errors: dict[str, np.ndarray]  # method: (N, T, A) absolute, in the robot's units; NaN past an episode's end
+    at_starts: dict[str, np.ndarray]  # the same at the first tick of each episode, where only cameras tell the scene
     latency_ms: np.ndarray  # (K,) from one observation to its chunk
 
 
@@ -46,6 +48,26 @@ def measure(policy: Pretrained, config: Config, split: Split, controls: bool = T
             "no recording was held out; judge by other recordings (--bags DIR), or raise data.validation_fraction"
         )
     ticks = np.unique(np.linspace(0, len(split.state) - 1, SAMPLES).round().astype(int))
+    starts = np.unique(split.end - np.repeat(split.lengths, split.lengths))[:SAMPLES]
+    errors, at_starts = (_errors(policy, config, split, each, controls) for each in (ticks, starts))
+    latency = _latency_ms(policy, split) if controls else np.zeros(0)
+    return Judgement(policy, config, split, ticks, errors, at_starts, latency)
+
+
+def seconds_to_measure(policy: Pretrained, split: Split) -> float:
+    """About how long `measure` will take, by one batch."""
+    batch = split.gather(np.zeros(BATCH, int))
+    began = time.perf_counter()
+    policy.predict(batch.state, batch.images)
+    each = time.perf_counter() - began
+    batches = (min(SAMPLES, len(split.state)) + min(SAMPLES, len(split.lengths))) / BATCH
+    return each * batches * (3 if split.frames else 1) + min(LATENCY_S, each * LATENCIES / BATCH)
+
+
+def _errors(
+    policy: Pretrained, config: Config, split: Split, ticks: np.ndarray, controls: bool
+) -> dict[str, np.ndarray]:
+    """By method, the absolute errors (N, T, A) at ticks (N,)."""
     elsewhere = _in_another_recording(split, ticks)
     parts: dict[str, list[Tensor]] = {}
     for start in range(0, len(ticks), BATCH):
@@ -66,8 +88,7 @@ def measure(policy: Pretrained, config: Config, split: Split, controls: bool = T
         for method, chunk in chunks.items():
             error = (chunk - batch.action).abs().masked_fill(batch.action_is_pad[..., None], torch.nan)
             parts.setdefault(method, []).append(error)
-    errors = {method: torch.cat(each).numpy() for method, each in parts.items()}
-    return Judgement(policy, config, split, ticks, errors, _latency_ms(policy, split) if controls else np.zeros(0))
+    return {method: torch.cat(each).numpy() for method, each in parts.items()}
 
 
 def _baselines(split: Split, ticks: np.ndarray, batch: Batch, config: Config) -> tuple[Tensor, Tensor]:
@@ -137,8 +158,10 @@ def summary(checkpoint: str, judgement: Judgement) -> dict[str, Any]:
         "mean_absolute_error": errors,
         "in_standard_deviations": float((errors["policy"]["by_action"] / std).mean()),
         "share_of_holding_still": ours / max(errors["holding_still"]["all"], 1e-12),
-        "share_of_error_explained_by_vision": {
-            method: 1 - ours / max(each["all"], 1e-12) for method, each in errors.items() if "camera" in method
+        "share_of_error_explained_by_vision": _explained_by_vision(judgement.errors),
+        "at_the_first_tick_of_episodes": {
+            "mean_absolute_error": {m: _mean(each, (0, 1)).mean().item() for m, each in judgement.at_starts.items()},
+            "share_of_error_explained_by_vision": _explained_by_vision(judgement.at_starts),
         },
     }
     if len(latency):
@@ -150,6 +173,23 @@ def summary(checkpoint: str, judgement: Judgement) -> dict[str, Any]:
             "threads": torch.get_num_threads(),
         }
     return figures
+
+
+def _explained_by_vision(errors: dict[str, np.ndarray]) -> dict[str, float]:
+    means = {method: _mean(each, (0, 1)).mean().item() for method, each in errors.items()}
+    return {m: 1 - means["policy"] / max(mean, 1e-12) for m, mean in means.items() if "camera" in m}
+
+
+def warning(figures: dict[str, Any]) -> str:
+    """That a policy does not look, in words; empty if it does, or if there was no other recording's picture to try."""
+    share = figures["share_of_error_explained_by_vision"].get("camera_of_another", 1.0)
+    if share >= LOOKS:
+        return ""
+    return (
+        f"the policy hardly looks: with another recording's picture its error is the same to {max(share, 0):.0%}; expected "
+        f"{LOOKS:.0%} or more; try data.crop, model.pretrained_backbone, more training.steps, or recordings whose first "
+        "motion does not tell the goal"
+    )
 
 
 def _or_null(row: np.ndarray) -> list[float | None]:

@@ -15,7 +15,7 @@ import numpy as np
 
 from config import Config
 from dataset.batches import Dataset
-from evaluation.errors import METHODS, Judgement, measure, summary
+from evaluation.errors import METHODS, Judgement, measure, seconds_to_measure, summary, warning
 from faults import Fault, Stopped
 from files import write_json, write_whole
 from page import BLACK, BLUE, GREEN, GREY, ORANGE, PALE_BLUE, PINK, UNIT, cards, chart, document, section, table
@@ -50,6 +50,9 @@ def judge_at_the_end(last: Path, config: Config, dataset: Dataset, device: str) 
     for checkpoint in dict.fromkeys([last, best[0] if best else last]):
         again = f"judge it by: python {Path(__file__).parents[1] / 'evaluate.py'} {checkpoint}"
         try:
+            if dataset.validation.names:
+                seconds = seconds_to_measure(pretrained.load(checkpoint, device), dataset.validation)
+                print(f"judging {checkpoint.name}: about {seconds:.0f} s, left out by --no-evaluation", flush=True)
             figures, where = judge(checkpoint, last.parent / "evaluation" / checkpoint.name, config, dataset, device)
         except (KeyboardInterrupt, SystemExit):
             raise Stopped(f"the policy is trained; stopped while judging {checkpoint.name}; {again}") from None
@@ -59,6 +62,8 @@ def judge_at_the_end(last: Path, config: Config, dataset: Dataset, device: str) 
             continue
         error_, share = figures["mean_absolute_error"]["policy"]["all"], figures["share_of_holding_still"]
         word = "best" if best and checkpoint == best[0] else "last"
+        if doubt := warning(figures):
+            print(f"warning: {doubt}")
         print(f"{word}: {checkpoint.name}, mean absolute error {error_:.4f}, {UNIT}, {share:.0%} of holding still")
         print(where, flush=True)
 
@@ -88,6 +93,7 @@ def page(checkpoint: Path, judgement: Judgement, figures: dict[str, Any]) -> str
     return document(
         f"{checkpoint.parent.name}, {checkpoint.name}",
         [
+            *(f'<p class="bad">{escape(doubt)}</p>' for doubt in [warning(figures)] if doubt),
             f"<p>{escape(intro)}</p>",
             cards(_key_figures(figures)),
             section("Errors", text, _errors_ahead(figures), table({m: METHODS[m] for m in errors}, rows)),
@@ -104,6 +110,8 @@ def _key_figures(figures: dict[str, Any]) -> dict[str, str]:
     }
     for method, share in figures["share_of_error_explained_by_vision"].items():
         shown[f"of the error with the {METHODS[method]} is explained by vision"] = f"{share:.0%}"
+    for method, share in figures["at_the_first_tick_of_episodes"]["share_of_error_explained_by_vision"].items():
+        shown[f"of it at the first tick of episodes, with the {METHODS[method]}"] = f"{share:.0%}"
     shown[f"from an observation to its chunk, median ({latency['device']})"] = f"{latency['median']:.1f} ms"
     return shown
 

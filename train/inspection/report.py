@@ -10,16 +10,19 @@ from collections.abc import Iterator, Sequence
 from html import escape
 from typing import Any
 
+import cv2
 import numpy as np
 
 from config import Config, Signal
 from inspection.topics import GAP_PERIODS, SECOND, Topic
 from inspection.verdict import BAD, GOOD, USABLE, Inspection
 from page import BLUE, GREY, PALE_BLUE, UNIT, cards, chart, document, picture, section, table
+from recordings.images import edges
 
 STYLE = {BAD: "bad", USABLE: "usable", GOOD: "good"}  # the worst first
 DETAILED = 20  # recordings to draw, at most
 CHARTS = 12  # of joints of a recording, at most
+FRAME = (29, 78, 216)
 BINS = 250  # of a curve's time: a bin is about one column of pixels
 
 
@@ -73,7 +76,7 @@ def _detail(one: Inspection, config: Config | None) -> str:
     }
     rows = [(_cell(name, *one.topics[name].types), _cells(one.topics[name])) for name in wanted]
     figures = [
-        picture(shown.pixels, f"{camera} at t+{shown.at_s:.2f} s; {_kinds(one.topics[name])}.")
+        picture(_framed(shown.pixels, config, camera), f"{camera} at t+{shown.at_s:.2f} s; {_kinds(one.topics[name])}.")
         for camera, name in cameras.items()
         if name in one.topics and (pictures := one.topics[name].pictures)
         for shown in pictures.shown
@@ -81,6 +84,14 @@ def _detail(one: Inspection, config: Config | None) -> str:
     figures += _curves(one, config) if config and one.series else []
     notes = _listed([*lines, *(("note", note) for note in one.notes)])
     return section(f"{one.name}: {one.verdict}", "", figures, notes + table(headings, rows))
+
+
+def _framed(pixels: np.ndarray, config: Config | None, camera: str) -> np.ndarray:
+    """A picture with a frame around the part that the network sees, if that is not all."""
+    if not config or camera not in config.data.crop:
+        return pixels
+    (top, bottom), (left, right) = edges((pixels.shape[0], pixels.shape[1]), config.data.part_of(camera))
+    return cv2.rectangle(pixels.copy(), (left, top), (right - 1, bottom - 1), FRAME, 2)
 
 
 def _cell(first: str = "", *more: str) -> str:

@@ -11,16 +11,19 @@ from typing import Any, NamedTuple
 
 import torch
 
+from recordings.images import WHOLE, Part
+
 FORMAT = 2
 
 
 class CameraInfo(NamedTuple):
-    """One camera: its topic, the network's picture size, and the sizes of the recorded pictures."""
+    """One camera: its topic, the network's picture size, the sizes of the recorded pictures, and the part it sees of them."""
 
     topic: str
     height: int
     width: int
     recorded: list[list[int]]  # height, width of each size in the training recordings
+    crop: list[float] = [*WHOLE]  # noqa: RUF012 -- never changed; of checkpoints from before it
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,13 @@ class Robot:
             raise ValueError(f"format {tree['format']}, expected {FORMAT}; load it with the code that wrote it")
         return Robot(**{**tree, "cameras": {name: CameraInfo(**camera) for name, camera in tree["cameras"].items()}})
 
+    @property
+    def parts(self) -> list[Part]:
+        """The part of each camera's picture that the network sees."""
+        return [
+            (top, left, height, width) for top, left, height, width in (each.crop for each in self.cameras.values())
+        ]
+
     def to_json(self) -> dict[str, Any]:
         """The tree that from_json reads."""
         cameras = {name: camera._asdict() for name, camera in self.cameras.items()}
@@ -64,6 +74,11 @@ class Robot:
         for name, camera in self.cameras.items():
             sizes = ", ".join(f"{w}x{h}" for h, w in camera.recorded)
             seen = f"seen at {camera.width}x{camera.height} (width x height)"
+            if tuple(camera.crop) != WHOLE:
+                top, left, height, width = (f"{share:.4g}" for share in camera.crop)
+                seen += (
+                    f", of it the part of height {height} and width {width} from top {top}, left {left}, in fractions"
+                )
             rows.append(f"picture `{name}` | `{camera.topic}`, recorded at {sizes}, {seen}")
         meaning = "**absolute** targets" if self.action_as == "absolute" else "**deltas**: add each to its tick's state"
         source = "the state one tick later" if self.action_from == "next_state" else "the commands sent to the robot"

@@ -7,7 +7,7 @@
         observation = {
             "state": dict(zip(joints.name, joints.position)),     # or an array in the order of policy.state_names
             "images": {"color": camera.rgb()},                    # (H, W, 3) uint8 RGB, as the camera gives it
-        }
+        }                                                         # may be left out unless policy.needs_observation
         robot.command(policy.action_names, policy.act(observation))
 
 Needs only torch, numpy, safetensors, cv2 and yaml.
@@ -16,6 +16,7 @@ Needs only torch, numpy, safetensors, cv2 and yaml.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from torch import Tensor
 from faults import Fault
 from policy import pretrained
 from policy.pretrained import Pretrained
-from recordings.images import resize
+from recordings.images import WHOLE, view
 
 UNKNOWN = "unknown"  # for LeRobot's own checkpoints
 
@@ -47,6 +48,7 @@ class Policy:
             name: [(h, w) for h, w in robot.cameras[name].recorded] if robot else [policy.image_size]
             for name in self.cameras
         }
+        self._parts = robot.parts if robot else [WHOLE] * len(self.cameras)
         # index in the state of each action's joint, to turn targets into deltas or deltas into targets
         self._joints: list[int] | None = None
         ensemble = policy.ensemble if ensemble is None else ensemble
@@ -60,6 +62,7 @@ class Policy:
         device: str = "cpu",
         ensemble: float | None = None,
         *,
+        n_action_steps: int | None = None,
         fps: float | None = None,
         state_names: Sequence[str] | None = None,
         action_names: Sequence[str] | None = None,
@@ -68,10 +71,16 @@ class Policy:
         """From a checkpoint or a pretrained_model folder, ours or of LeRobot >= 0.4.0.
 
         `ensemble` is the coefficient of temporal ensembling (0.01 in the paper), by default that of config.json; without
-        it the robot executes n_action_steps of each chunk. The keyword arguments say what the robot has. Give `action_as`
+        it the robot executes `n_action_steps` of each chunk, by default those of config.json. The other keyword arguments say what the robot has. Give `action_as`
         to get targets from a policy of deltas, or deltas from one of targets. Raises Fault with everything that differs.
         """
-        policy = cls(pretrained.load(Path(path), device), ensemble)
+        loaded = pretrained.load(Path(path), device)
+        if n_action_steps is not None:
+            longest = loaded.config.chunk_size
+            if not isinstance(n_action_steps, int) or not 1 <= n_action_steps <= longest:
+                raise Fault(f"n_action_steps: {n_action_steps!r}; expected 1 to {longest}, the length of a chunk")
+            loaded = loaded._replace(config=replace(loaded.config, n_action_steps=n_action_steps))
+        policy = cls(loaded, ensemble)
         has: dict[str, tuple[Any, Any]] = {
             "fps": (fps, policy.fps),
             "state_names": (state_names and tuple(state_names), policy.state_names),
@@ -105,6 +114,11 @@ class Policy:
         if self.ensembler:
             self.ensembler.reset()
 
+    @property
+    def needs_observation(self) -> bool:
+        """Whether the next act() looks at the pictures; while a chunk is being executed it does not."""
+        return self.ensembler is not None or not len(self._chunk)
+
     def act(self, observation: Mapping[str, Any]) -> np.ndarray:
         """The action (A,) float32 of this tick: a target or a delta, see action_as.
 
@@ -129,8 +143,9 @@ class Policy:
 
     def _chunk_for(self, state: np.ndarray, images: list[np.ndarray]) -> Tensor:
         """The chunk (T, A) for one observation."""
-        resized = [resize(image, self.pretrained.image_size) for image in images]
-        pixels = torch.from_numpy(np.stack(resized)[None]) if images else None
+        size = self.pretrained.image_size
+        views = [view(image, size, part) for image, part in zip(images, self._parts, strict=True)]
+        pixels = torch.from_numpy(np.stack(views)[None]) if images else None
         return self.pretrained.predict(torch.from_numpy(state)[None], pixels)[0]
 
     def _checked(self, observation: Mapping[str, Any]) -> tuple[np.ndarray, list[np.ndarray]]:
@@ -138,6 +153,10 @@ class Policy:
         faults: list[str] = []
         state = self._checked_state(observation.get("state"), faults)
         images = observation.get("images", {})
+        if "images" not in observation and not self.needs_observation:
+            if faults:
+                raise Fault(*faults)
+            return state, []
         if not isinstance(images, Mapping):
             faults.append(f"observation: images is a {type(images).__name__}; expected a mapping of camera to picture")
             images = {}

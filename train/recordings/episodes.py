@@ -17,7 +17,7 @@ import numpy as np
 from config import Data, Signal
 from faults import Fault
 from recordings.bags import Bag, Message, read_messages
-from recordings.images import encode, jpeg_at_size, resize
+from recordings.images import Part, encode, jpeg_at_size, view
 from recordings.plausibility import Ticks, bunches, echo_age, jumps, period_ns
 from recordings.signals import Series, Source, read_series
 from recordings.video import Video, codec, rgb
@@ -247,12 +247,13 @@ def read_frames(
     bag: Bag,
     wanted: dict[str, np.ndarray],
     size: tuple[int, int],
+    parts: dict[str, Part],
     keep: Callable[[str, int, bytes], None],
     decoders: int,
 ) -> dict[str, tuple[int, int]]:
     """Decode the wanted message numbers of each topic, increasing, and no others; each topic's height and width in the bag.
 
-    keep(topic, i, JPEG of the size) gets the picture of the i-th wanted number, in the order in which they are decoded.
+    keep(topic, i, JPEG of the size) gets the topic's part of the picture of the i-th wanted number, in the order in which they are decoded.
     """
     native: dict[str, tuple[int, int]] = {}
     row_of = {topic: {int(number): row for row, number in enumerate(numbers)} for topic, numbers in wanted.items()}
@@ -265,10 +266,13 @@ def read_frames(
         try:
             content = message.content()
             if not video:
-                return message, [(message.number, *jpeg_at_size(content, size))]
+                return message, [(message.number, *jpeg_at_size(content, size, parts[message.topic]))]
             frames = video.decode(message.number, None if is_end else content.data.tobytes())
             shown = [(number, frame) for number, frame in frames if number in row_of[message.topic]]
-            return message, [(n, encode(resize(rgb(frame), size)), (frame.height, frame.width)) for n, frame in shown]
+            return message, [
+                (n, encode(view(rgb(frame), size, parts[message.topic])), (frame.height, frame.width))
+                for n, frame in shown
+            ]
         except Fault as fault:
             raise fault.at(message.place) from None
 

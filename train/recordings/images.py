@@ -42,30 +42,46 @@ AS_IT_IS = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
 # used for their bit; AS_IT_IS gives the color
 REDUCED = {8: cv2.IMREAD_REDUCED_GRAYSCALE_8, 4: cv2.IMREAD_REDUCED_GRAYSCALE_4, 2: cv2.IMREAD_REDUCED_GRAYSCALE_2}
 DEPTH = ("16UC1", "32FC1", "mono16", "compressedDepth", "rvl")
+Part = tuple[float, float, float, float]  # of a picture: top, left, height, width, in fractions
+WHOLE: Part = (0.0, 0.0, 1.0, 1.0)
 QUALITY = 95  # of the cache's pictures
 PNG, BIT_DEPTH = b"\x89PNG\r\n\x1a\n", 24  # the byte of a PNG with its bits per channel
 
 
-def jpeg_at_size(message: Any, size: tuple[int, int]) -> tuple[bytes, tuple[int, int]]:
-    """An Image or CompressedImage message as a JPEG of a size, and its own height and width. Raises Fault.
+def jpeg_at_size(message: Any, size: tuple[int, int], part: Part = WHOLE) -> tuple[bytes, tuple[int, int]]:
+    """A part of an Image or CompressedImage message as a JPEG of a size; the message's height and width. Raises Fault.
 
-    A JPEG that has the size stays as it is.
+    A whole JPEG that has the size stays as it is.
     """
-    pixels, native = at_size(message, size)
-    if native == size and not hasattr(message, "encoding") and message.data[:2].tobytes() == JPEG_BEGIN:
+    pixels, native = at_size(message, size, part)
+    if (
+        native == size
+        and part == WHOLE
+        and not hasattr(message, "encoding")
+        and message.data[:2].tobytes() == JPEG_BEGIN
+    ):
         return message.data.tobytes(), native
     return encode(pixels), native
 
 
-def at_size(message: Any, size: tuple[int, int]) -> tuple[np.ndarray, tuple[int, int]]:
-    """The picture (*size, 3) uint8 RGB of an Image or CompressedImage message, and its own height and width. Raises Fault."""
+def at_size(message: Any, size: tuple[int, int], part: Part = WHOLE) -> tuple[np.ndarray, tuple[int, int]]:
+    """A part of an Image or CompressedImage message as (*size, 3) uint8 RGB; the message's height and width. Raises Fault."""
     if hasattr(message, "encoding") or message.data[:2].tobytes() != JPEG_BEGIN:
         pixels = to_rgb(message)
-        return resize(pixels, size), (pixels.shape[0], pixels.shape[1])
+        return view(pixels, size, part), (pixels.shape[0], pixels.shape[1])
     native = _jpeg_size(message.data.data)
-    exact = [by for by in REDUCED if native == (size[0] * by, size[1] * by)]
+    exact = [by for by in REDUCED if native and _shrinks_exactly(native, size, part, by)]
     pixels = to_rgb(message, exact[0] if exact else 1)
-    return resize(pixels, size), native or (pixels.shape[0], pixels.shape[1])
+    return view(pixels, size, part), native or (pixels.shape[0], pixels.shape[1])
+
+
+def _shrinks_exactly(native: tuple[int, int], size: tuple[int, int], part: Part, by: int) -> bool:
+    """Whether a part of a picture has `by` times the size, and begins and ends between blocks of `by` pixels."""
+    rows, columns = edges(native, part)
+    whole = [*native, *rows, *columns]
+    return (rows[1] - rows[0], columns[1] - columns[0]) == (size[0] * by, size[1] * by) and not any(
+        edge % by for edge in whole
+    )
 
 
 def encode(pixels: np.ndarray) -> bytes:
@@ -148,6 +164,23 @@ def _jpeg_size(data: memoryview) -> tuple[int, int] | None:
             return height, width
         at += 2 + struct.unpack_from(">H", data, at + 2)[0]
     return None
+
+
+def edges(shape: tuple[int, int], part: Part) -> tuple[tuple[int, int], tuple[int, int]]:
+    """The rows (first, end) and the columns (first, end) of a part of a picture of a height and width."""
+    top, left, height, width = part
+
+    def pixels(begin: float, share: float, total: int) -> tuple[int, int]:
+        first = min(round(begin * total), total - 1)
+        return first, max(first + 1, round((begin + share) * total))
+
+    return pixels(top, height, shape[0]), pixels(left, width, shape[1])
+
+
+def view(pixels: np.ndarray, size: tuple[int, int], part: Part = WHOLE) -> np.ndarray:
+    """What the network sees of a picture (H, W, 3) uint8: a part of it, as (*size, 3)."""
+    rows, columns = edges((pixels.shape[0], pixels.shape[1]), part)
+    return resize(pixels[slice(*rows), slice(*columns)], size)
 
 
 def resize(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:

@@ -1,5 +1,6 @@
 """The network: what padding, dropout, cameras and shortcuts may change, and what they may not."""
 
+import functools
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from act_model import (
     FrozenBatchNorm,
     ResNet18,
     act_loss,
+    calibrate_norms,
     load_imagenet_weights,
 )
 from config import Model
@@ -171,3 +173,20 @@ def test_a_frozen_norm_is_saved_but_not_trained() -> None:
     norm = FrozenBatchNorm(4)
     assert not list(norm.parameters())
     assert set(norm.state_dict()) == {"weight", "bias", "running_mean", "running_var"}
+
+
+def test_calibrated_norms_are_what_a_batch_norm_measures(torchvision: ModuleType) -> None:
+    theirs, ours = (
+        torchvision.models.resnet18(norm_layer=functools.partial(torch.nn.BatchNorm2d, momentum=1.0)),
+        ResNet18(),
+    )
+    theirs.load_state_dict(ours.state_dict(), strict=False)
+    images = torch.randn(8, 3, 128, 192)
+    calibrate_norms(ours, images)
+    expected = torch.nn.Sequential(*list(theirs.train().children())[:-2])(images)
+    measured = [value for name, value in theirs.state_dict().items() if "running" in name]
+    calibrated = [value for name, value in ours.state_dict().items() if "running" in name]
+    assert len(calibrated) == 40
+    for mine, other in zip(calibrated, measured, strict=True):
+        assert torch.allclose(mine, other, rtol=0.02, atol=0.01), "front to back"
+    assert (ours(images) - expected).abs().mean() < 0.02 * expected.abs().mean(), "and they are used"

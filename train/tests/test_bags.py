@@ -344,6 +344,27 @@ def test_a_jpeg_decoded_at_a_fraction_of_its_size_is_the_same_picture(size: tupl
 
 
 @pytest.mark.parametrize(
+    ("part", "size", "off"),
+    [
+        ((0.25, 0.25, 0.5, 0.5), (120, 160), 1.0),  # a JPEG is decoded at half of its size
+        ((0.1, 0.3, 0.31, 0.33), (60, 80), 0.0),
+        ((0.99, 0.0, 0.001, 1.0), (32, 32), 0.0),  # at least a row
+    ],
+)
+def test_a_part_of_a_picture_is_the_same_by_any_way(part: images.Part, size: tuple[int, int], off: float) -> None:
+    message = jpeg(START, cv2.resize(picture(3), (640, 480)))
+    whole = images.to_rgb(message)
+    (top, bottom), (left, right) = images.edges((480, 640), part)
+    expected = images.resize(whole[top:bottom, left:right], size).astype(int)
+    assert (top, left) == (round(part[0] * 480), round(part[1] * 640)) and bottom > top
+    for given in (message, image(START, whole)):
+        pixels, native = images.at_size(given, size, part)
+        assert native == (480, 640) and np.abs(pixels - expected).mean() <= off
+    kept, _ = images.jpeg_at_size(message, size, part)
+    assert np.abs(images.decode(kept).astype(int) - expected).mean() < 4  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
     ("message", "words"),
     [
         (image(START, PIXELS, step=100), ["step 100", "at least 192"]),

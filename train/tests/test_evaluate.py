@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from browser import needs_browser, seen
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_dataset import recorded
 from test_train import tiny, trained
@@ -24,6 +25,7 @@ from config import Config, load
 from dataset.batches import Dataset
 from dataset.cache import load_dataset
 from evaluation import report
+from evaluation.errors import warning
 from faults import Stopped
 from policy import pretrained
 from training.run import Run
@@ -136,6 +138,13 @@ def test_the_figures_match_an_independent_computation(run: Trained, action: str,
     assert found["share_of_holding_still"] == pytest.approx(all_["policy"] / all_["holding_still"])
     for name, share in found["share_of_error_explained_by_vision"].items():
         assert share == pytest.approx(1 - all_["policy"] / all_[name])
+    at_starts = found["at_the_first_tick_of_episodes"]
+    for name, chunk in chunks.items():
+        off = [np.abs(chunk[b] - split.action[b : b + 10]).mean() for b in begins]
+        assert at_starts["mean_absolute_error"][name] == pytest.approx(np.mean(off), rel=1e-4)
+    firsts = at_starts["mean_absolute_error"]
+    shares = {name: 1 - firsts["policy"] / firsts[name] for name in ("camera_blanked", "camera_of_another")}
+    assert at_starts["share_of_error_explained_by_vision"] == pytest.approx(shares, abs=1e-4)
     assert (all_["last_action"] == all_["holding_still"]) == (run.config.data.action.from_ == "next_state")
     assert found["moments"] == len(ticks) and found["recordings"] == split.names
     assert 0 < found["latency_ms"]["median"] <= found["latency_ms"]["percentile_95"]
@@ -143,6 +152,31 @@ def test_the_figures_match_an_independent_computation(run: Trained, action: str,
     assert max(map(len, done.stdout.replace(str(run.folder), "").splitlines())) <= 100, done.stdout
     (row,) = re.findall(r"^all  .*$", done.stdout, re.M)
     assert [float(word) for word in row.split()[1:]] == pytest.approx(list(all_.values()), abs=6e-5)
+
+
+def test_a_policy_that_does_not_look_is_named(
+    run: Trained, tmp_path: Path, command: Callable[..., Said], capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(run.checkpoint.parent, tmp_path / "run")
+    blind = tmp_path / "run" / run.checkpoint.name
+    path = blind / "pretrained_model/model.safetensors"
+    weights = load_file(path)
+    weights["model.encoder_img_feat_input_proj.weight"].zero_()
+    with safe_open(path, "pt") as file:
+        save_file(weights, path, file.metadata())
+    done = command(blind)
+    assert done.out.startswith("warning: the policy hardly looks: with another recording's picture its error is"), (
+        done.out
+    )
+    assert "to 0%" in done.out and "data.crop" in done.out
+    page = (tmp_path / "run/evaluation" / blind.name / "report.html").read_text()
+    assert page.index("the policy hardly looks") < page.index("Judged by")
+    report.judge_at_the_end(blind, run.config, run.data, "cpu")
+    lines = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"judging checkpoint_000010: about \d+ s, left out by --no-evaluation", lines[0])
+    assert lines[1].startswith("warning: the policy hardly looks")
+    for share, named in ((0.14, True), (0.40, False)):
+        assert bool(warning({"share_of_error_explained_by_vision": {"camera_of_another": share}})) is named
 
 
 def test_other_recordings_are_all_judged_unless_trained_on(

@@ -206,6 +206,11 @@ def test_a_dry_run_gives_the_same_warnings(tmp_path: Path) -> None:
     reported = Run(config, load_dataset(config)).report().splitlines()
     warnings = [line.removeprefix("warning: ") for line in reported if line.startswith("warning: ")]
     assert len(said) == 3 and sorted(warnings) == sorted(said)
+    for i in range(4):
+        write(tmp_path / f"bags/stuck_{i}", arm(still=(1,), lag=0.1 + 0.01 * i))
+    reported = Run(config, load_dataset(config)).report().splitlines()
+    (line,) = [line for line in reported if "never moves" in line]
+    assert line.startswith("warning: 5 recordings (stuck, stuck_0, stuck_1, ...): b never moves"), line
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="the recordings of others are not here")

@@ -14,10 +14,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_dataset import recorded
 from test_train import run, tiny, trained
-from writing import CAMERA, COMMAND, Timed, episode, joint_state, picture, write
+from writing import CAMERA, COMMAND, Timed, episode, joint_state, jpeg, picture, write
 from writing import STATE as STATE_TOPIC
 
 import train
+from config import load
+from dataset.cache import load_dataset
 from faults import Fault
 from policy.runner import Ensembler, Policy
 from recordings import images
@@ -62,6 +64,58 @@ def test_n_action_steps_of_a_chunk_are_executed(trained_once: Path) -> None:
     policy.pretrained.predict(torch.zeros(1, 3), pixels)
     assert torch.get_float32_matmul_precision() == "high", "a prediction changes nothing in the robot's program"
     torch.set_float32_matmul_precision(before)
+
+
+def test_a_camera_is_needed_only_where_a_chunk_begins(trained_once: Path) -> None:
+    policy = Policy.load(trained_once, n_action_steps=3)
+    actions, needed = [], []
+    for _ in range(4):
+        needed.append(policy.needs_observation)
+        actions.append(policy.act(observation() if policy.needs_observation else {"state": STATE}))
+    assert needed == [True, False, False, True] and np.array_equal(actions[0], actions[3])
+    policy.reset()
+    with pytest.raises(Fault, match=r"images of \[\]"):
+        policy.act({"state": STATE})
+    assert Policy.load(trained_once, ensemble=0.01).needs_observation
+    for wrong in (0, 11, 2.5):
+        with pytest.raises(Fault, match="expected 1 to 10, the length of a chunk"):
+            Policy.load(trained_once, n_action_steps=wrong)  # type: ignore[arg-type]
+
+
+def test_training_and_robot_crop_the_same_part_of_a_picture(tmp_path: Path) -> None:
+    """The part is bright; what is around it, dark in training and noise on the robot, changes nothing."""
+
+    def framed(inner: np.ndarray, around: np.ndarray) -> np.ndarray:
+        around[24:72, 32:96] = inner
+        return around
+
+    for i in range(3):
+        shot = framed(picture(i, 48, 64), np.zeros((96, 128, 3), np.uint8))
+        timed = [
+            (topic, kind, at, jpeg(at, shot) if topic == CAMERA else message)
+            for topic, kind, at, message in episode(1.0, seed=i)
+        ]
+        write(tmp_path / f"bags/episode_{i}", timed)
+    whole = "data.crop={color: [0.25, 0.25, 0.5, 0.5]}"
+    checkpoint = trained(tiny(tmp_path, whole, "data.image_size=[48, 64]"))
+    policy = Policy.load(checkpoint)
+    robot = policy.pretrained.robot
+    assert robot and robot.parts == [(0.25, 0.25, 0.5, 0.5)] and policy.picture_sizes == {"color": [(96, 128)]}
+    assert (
+        "of it the part of height 0.5 and width 0.5 from top 0.25, left 0.25"
+        in (checkpoint / "pretrained_model/README.md").read_text()
+    )
+    inner, noise = picture(7, 48, 64), np.random.default_rng(0).integers(0, 256, (96, 128, 3), np.uint8)
+    action = policy.act(observation(images={"color": framed(inner, noise)}))
+    expected = policy.pretrained.predict(torch.tensor([[0.1, -0.2, 0.3]]), torch.from_numpy(inner)[None, None])[0, 0]
+    assert np.array_equal(action, expected.numpy())
+    dataset = load_dataset(load(tmp_path / "tiny.yaml"))
+    seen = dataset.train.gather(np.zeros(1, int)).images
+    assert seen is not None and seen.float().mean() > 60, "the bright part, not the dark frame"
+    with pytest.raises(Fault, match=r"data.crop.color: .*within the picture"):
+        load(None, ["data.crop={color: [0.5, 0, 0.6, 1]}"])
+    with pytest.raises(Fault, match=r"data.crop.wrist: no such camera; known: color"):
+        load(None, ["data.crop={wrist: [0, 0, 1, 1]}"])
 
 
 def test_joints_of_two_arms_are_told_apart_by_their_topics(tmp_path: Path) -> None:

@@ -136,6 +136,9 @@ def test_from_recordings_to_a_policy(tmp_path: Path) -> None:
     ]
     assert len(validated) == 8 and best["validation_l1"] == min(validated), "each checkpoint is validated"
     assert (tmp_path / f"run/evaluation/{best['checkpoint']}/evaluation.json").exists()
+    shutil.rmtree(tmp_path / "run/evaluation")
+    assert "judging" not in run("--config", path, "--no-evaluation").stdout
+    assert not (tmp_path / "run/evaluation").exists(), "a policy that is trained is not judged again"
     losses = [line["loss"] for line in logged(tmp_path / "run") if "loss" in line]
     assert len(losses) == 10 and losses[-1] < 0.7 * losses[0]
     line = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[0])
@@ -146,7 +149,9 @@ def test_from_recordings_to_a_policy(tmp_path: Path) -> None:
     assert (robot["format"], robot["fps"], robot["step"]) == (2, 20, 40)
     assert robot["state_names"] == robot["action_names"] == ["a", "b", "c"]
     assert (robot["action_from"], robot["action_as"]) == ("next_state", "absolute")
-    assert robot["cameras"] == {"color": {"topic": "/camera", "height": 32, "width": 48, "recorded": [[48, 64]]}}
+    assert robot["cameras"] == {
+        "color": {"topic": "/camera", "height": 32, "width": 48, "recorded": [[48, 64]], "crop": [0.0, 0.0, 1.0, 1.0]}
+    }
     assert len(robot["recordings"]["train"]) == 2 and len(robot["recordings"]["validation"]) == 1
 
 

@@ -141,6 +141,7 @@ def restore(checkpoint: Path, state: TrainingState, run: Run) -> TrainingState:
             f"{checkpoint}: damaged ({error}); remove it and run the same command to resume from the one before"
         ) from None
     now, then = settings_to_keep(run), {k: v for k, v in resume["settings"].items() if k not in MAY_CHANGE}
+    then.setdefault("data.crop", {})  # of runs from before it
     differ = [
         f"{key}: {now.get(key, 'absent')} now, {then.get(key, 'absent')} in {checkpoint.name}"
         for key in {**now, **then}

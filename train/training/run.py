@@ -9,17 +9,21 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
-from act_model import ACT, IMAGENET_WEIGHTS, load_imagenet_weights
+from act_model import ACT, IMAGENET_WEIGHTS, calibrate_norms, load_imagenet_weights
 from config import Config, Model, to_dict
 from dataset.batches import Dataset, Split
+from dataset.telling import FEW, needs_picture
 from faults import Fault
 from policy import pretrained
 from policy.card import CameraInfo, Robot, versions
 from recordings import plausibility
 from training.processes import Processes
 
+CALIBRATION_PIXELS = 5_000_000  # of training pictures, for the norms of a backbone with random weights
 NOT_OF_THE_NETWORK = ("n_action_steps", "dropout", "kl_weight", "pretrained_backbone")
 
 
@@ -56,7 +60,9 @@ class Run:
             action_from=to_dict(data.action)["from"],
             action_as=data.action.as_,
             cameras={
-                name: CameraInfo(topic, *data.image_size, [list(size) for size in dataset.picture_sizes[name]])
+                name: CameraInfo(
+                    topic, *data.image_size, [list(s) for s in dataset.picture_sizes[name]], [*data.part_of(name)]
+                )
                 for name, topic in data.cameras.items()
             },
             recordings={key: {n: dataset.recordings[n] for n in split.names} for key, split in splits.items()},
@@ -103,17 +109,35 @@ class Run:
             f"memory  {self.parameters / 1e6:.1f} M parameters: {megabytes:.0f} MB for weights, gradients and optimizer, "
             "plus activations"
         )
+        warned: dict[str, list[str]] = {}  # warning: names of its recordings
         for name, ticks in dataset.ticks(data.action.as_ == "delta"):
             for warning in (*dataset.warnings[name], *plausibility.warnings(ticks, config)):
-                yield f"warning: {name}: {warning}"
+                warned.setdefault(warning, []).append(name)
+        for warning, found in warned.items():
+            some = f"{len(found)} recordings ({', '.join(found[:3])}, ...)" if len(found) > 3 else ", ".join(found)
+            yield f"warning: {some}: {warning}"
+        split, chunk = dataset.train, config.model.chunk_size
+        share = needs_picture(split.state, split.action, split.lengths, chunk) if data.cameras else None
+        if share is not None and share < FEW:
+            yield (
+                f"warning: in {1 - share:.0%} of the samples the joints alone tell the actions, so a policy may learn late or "
+                "never to look; begin demonstrations with one motion for all goals"
+            )
 
 
 def set_first_weights(model: ACT, run: Run) -> None:
-    """Load the weights that a new run starts from: training.init_from, or ImageNet's. Raises Fault if it cannot."""
+    """Set the weights that a new run starts from: training.init_from, ImageNet's, or random ones with calibrated norms.
+
+    Raises Fault if they cannot be loaded.
+    """
     config = run.config
     if config.training.init_from:
         print(_init_from(model, run), flush=True)
-    elif config.model.pretrained_backbone and config.data.cameras:
+    elif not config.data.cameras:
+        return
+    elif not config.model.pretrained_backbone:
+        calibrate_norms(model.backbone, _some_pictures(run))
+    else:
         try:
             load_imagenet_weights(model)
         except Exception as error:  # no network, a damaged file
@@ -123,6 +147,17 @@ def set_first_weights(model: ACT, run: Run) -> None:
                 f"model.pretrained_backbone: {file}: {problem} ({type(error).__name__}: "
                 f"{' '.join(str(error).split())[:120]}); put the file there, or set model.pretrained_backbone=false"
             ) from None
+
+
+def _some_pictures(run: Run) -> Tensor:
+    """Random training pictures (N, 3, H, W) of all cameras, normalized."""
+    split, (height, width) = run.dataset.train, run.config.data.image_size
+    count = max(1, CALIBRATION_PIXELS // (height * width * len(split.frames)))
+    rng = np.random.default_rng((run.config.training.seed, 0, 2))  # batches() uses (seed, step) and (seed, step, 1)
+    ticks = rng.choice(len(split.state), min(count, len(split.state)), replace=False)
+    images = run.dataset.normalizer().images(split.gather(ticks).images)
+    assert images is not None
+    return images.flatten(0, 1)
 
 
 def _init_from(model: ACT, run: Run) -> str:
@@ -157,6 +192,7 @@ def _init_from(model: ACT, run: Run) -> str:
     meaning = {
         "data.image_size": (config.data.image_size, policy.image_size),
         "data.cameras": (list(config.data.cameras), list(policy.normalizer.cameras)),
+        "data.crop": ([config.data.part_of(name) for name in config.data.cameras], robot and robot.parts),
         "data.fps": (config.data.fps, robot and robot.fps),
         "state": (list(dataset.state_names), robot and robot.state_names),
         "action": (list(dataset.action_names), robot and robot.action_names),
