@@ -88,7 +88,7 @@ def episode_messages(seed: int, index: int) -> list[tuple[int, str, Message]]:
     return sorted(messages, key=lambda entry: entry[0])
 
 
-def write_bag(folder: Path, seed: int, messages: list[tuple[int, str, Message]]) -> None:
+def write_bag(folder: Path, seed: int | str, messages: list[tuple[int, str, Message]]) -> None:
     """Write messages as a rosbag2 folder, complete or not at all; its metadata holds the seed."""
     partial = folder.parent / ".partial" / folder.name  # the file inside gets its folder's name
     shutil.rmtree(partial, ignore_errors=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,17 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file's content."""
+    with path.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def digest(tree: dict[str, Any]) -> str:
+    """The SHA-256 of a tree of JSON."""
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+
+
 @contextmanager
 def locked(lock: Path, wait: bool = True) -> Iterator[None]:
     """Hold a lock file alone among processes; a dead owner's lock is free. Waits for another owner, or raises Fault."""
@@ -64,7 +77,7 @@ def locked(lock: Path, wait: bool = True) -> Iterator[None]:
         if not os.fstat(file.fileno()).st_nlink:
             raise Fault(f"{lock.parent}: another process has just left it; run the same command again")
         file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.write(f"process {os.getpid()} on {socket.gethostname()} since {datetime.now():%Y-%m-%d %H:%M}\n")
         file.flush()
         yield
 

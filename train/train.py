@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -162,9 +161,7 @@ def start(run: Run) -> TrainingState:
     config, folder, first = run.config, run.config.output_dir, run.processes.first
     newest = None
     if first:  # the others receive its state
-        for path, lack in run_folder.incomplete_checkpoints(folder).items():
-            print(f"{path}: skipping incomplete checkpoint: {lack}")
-        newest = run_folder.newest_checkpoint(folder)
+        newest = checkpoints.newest_sound_checkpoint(folder)
         if config.training.resume == "must" and newest is None:
             raise Fault(
                 f"training.resume: must, but {folder} has no checkpoint; set output_dir or training.resume=auto"
@@ -184,12 +181,11 @@ def start(run: Run) -> TrainingState:
         state = checkpoints.restore(newest, state, run)
         print(f"resuming from {newest}", flush=True)
     if first:
+        checkpoints.tidy(run)
         checkpoints.check_room(run, state.step)
     if run.processes.world > 1:
         state = checkpoints.receive(state, run)
     if first and (state.step < config.training.steps or not (folder / "config.yaml").exists()):
-        for killed in folder.glob(".checkpoint_*.tmp"):
-            shutil.rmtree(killed)
         write_whole(folder / "config.yaml", dump(config))
     return state
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 import os
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -55,16 +56,17 @@ class Frames(NamedTuple):
 
     files: list[Path]  # of JPEGs, one for each recording
     file: np.ndarray  # (N,) int32, index into files
-    span: np.ndarray  # (N, 2) int64, where the picture begins in its file, and its bytes
+    span: np.ndarray  # (N, 3) int64, where the picture begins in its file, its bytes, and their CRC-32
 
     def read(self, tick: int, out: np.ndarray) -> None:
-        """Fill out (H, W, 3) uint8. Raises Fault if the picture is damaged."""
-        file, (begin, size) = self.files[self.file[tick]], self.span[tick]
+        """Fill out (H, W, 3) uint8. Raises Fault if the picture is damaged; the next start then reads the recording again."""
+        file, (begin, size, crc) = self.files[self.file[tick]], self.span[tick]
         with file.open("rb", buffering=0) as content:
             jpeg = os.pread(content.fileno(), size, begin)
-        pixels = decode(jpeg) if len(jpeg) == size else None
+        pixels = decode(jpeg) if len(jpeg) == size and zlib.crc32(jpeg) == crc else None
         if pixels is None or pixels.shape != out.shape:
-            raise Fault(f"{file}: is truncated or damaged; delete its folder and run the same command to resume")
+            (file.parent / "meta.json").unlink(missing_ok=True)
+            raise Fault(f"{file}: is truncated or damaged; run the same command: it is made again")
         out[:] = pixels
 
 

@@ -16,6 +16,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
@@ -29,11 +30,11 @@ import numpy as np
 from config import Data, load, to_dict
 from cores import usable_cores
 from faults import Fault, NoRoom
-from files import BUILDING, building
+from files import BUILDING, building, digest, sha256
 from recordings.bags import Bag
 from recordings.episodes import Recording, read_frames, read_recording
 
-FORMAT = 2  # of a cached recording
+FORMAT = 3  # of a cached recording
 READER = "reader-"  # and a version: the cache of that version
 NOT_IN_THE_KEY = ("bag_dir", "cache_dir", "validation_fraction", "on_bad_bag")  # settings that change no sample
 WORTH_PROCESSES = 50_000_000  # bytes of recordings; a process takes 0.6 s to start
@@ -152,7 +153,7 @@ def _build(bag: Bag, data: Data, folder: Path, decoders: int, report: Report) ->
     """Rename the folder when it is complete. Raises Fault."""
     total = size(bag)
     with ThreadPoolExecutor(1) as beside:  # hashing releases the GIL
-        hashes = beside.submit(lambda: {file.name: _sha256(file) for file in bag.files if file.exists()})
+        hashes = beside.submit(lambda: {file.name: sha256(file) for file in bag.files if file.exists()})
         recording = read_recording(bag, data)
     report(first := int(FIRST_PASS * total))
 
@@ -191,13 +192,13 @@ def _write(
     for camera, topic in data.cameras.items():
         messages = np.concatenate([episode.frames[camera] for episode in recording.episodes])
         wanted[topic], row[topic] = np.unique(messages, return_inverse=True)
-    spans = {topic: np.zeros((len(numbers), 2), np.int64) for topic, numbers in wanted.items()}
+    spans = {topic: np.zeros((len(numbers), 3), np.int64) for topic, numbers in wanted.items()}
     total = sum(map(len, wanted.values()))
     with ExitStack() as stack:
         files = {t: stack.enter_context((folder / f"{camera}.jpegs").open("wb")) for camera, t in data.cameras.items()}
 
         def keep(topic: str, at: int, jpeg: bytes) -> None:
-            spans[topic][at] = files[topic].tell(), len(jpeg)
+            spans[topic][at] = files[topic].tell(), len(jpeg), zlib.crc32(jpeg)
             files[topic].write(jpeg)
             report(1 / total)
 
@@ -205,7 +206,7 @@ def _write(
         sizes = read_frames(bag, wanted, data.image_size, parts, keep, decoders) if wanted else {}
     for camera, topic in data.cameras.items():
         np.save(folder / f"{camera}.npy", spans[topic][row[topic]])
-    meta = {
+    meta: dict[str, Any] = {
         "episodes": [len(episode.state) for episode in recording.episodes],
         "notes": recording.notes,
         "warnings": recording.warnings,
@@ -213,13 +214,9 @@ def _write(
         "action_names": recording.action_names,
         "picture_sizes": {camera: sizes[topic] for camera, topic in data.cameras.items()},
         "files": hashes,
+        "arrays": {path.name: sha256(path) for path in sorted(folder.glob("*.npy"))},
     }
-    (folder / "meta.json").write_text(json.dumps(meta, indent=2))
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
+    (folder / "meta.json").write_text(json.dumps(meta | {"sha256": digest(meta)}, indent=2))
 
 
 def size(bag: Bag) -> int:

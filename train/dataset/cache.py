@@ -2,7 +2,7 @@
 
 The cache has one folder for each version of the reading code. A cached recording is a folder in it, see build.py: meta.json,
 state.npy, action.npy, and for each camera NAME.jpegs (its pictures at the training size, one after the other) and NAME.npy
-(where each tick's picture begins, and its bytes).
+(where each tick's picture begins, its bytes, and their CRC-32). What is damaged is made again.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import sys
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +22,7 @@ from config import Config, Data
 from dataset.batches import Dataset, Frames, Split
 from dataset.build import build_all, cache_folder, cache_of_this_code, size
 from faults import Fault, NoRoom
-from files import remove_abandoned
+from files import digest, remove_abandoned, sha256
 from recordings.azure_blob import local_folder
 from recordings.bags import find_bags
 
@@ -32,7 +33,7 @@ class Cached(NamedTuple):
     meta: dict[str, Any]
     state: np.ndarray  # (N, S) float32
     action: np.ndarray  # (N, A) float32
-    frames: dict[str, tuple[Path, np.ndarray]]  # camera: file of pictures; begin and bytes of each tick's (N, 2)
+    frames: dict[str, tuple[Path, np.ndarray]]  # camera: file of pictures; begin, bytes, CRC of each tick's (N, 3)
 
 
 def load_dataset(config: Config, held_out: Collection[str] | None = None) -> Dataset:
@@ -45,7 +46,8 @@ def load_dataset(config: Config, held_out: Collection[str] | None = None) -> Dat
     skipped: list[tuple[str, ...]] = [(fault,) for fault in faults]
     folders = {bag.name: cache_folder(bag, data) for bag in bags}
     remove_abandoned(cache_of_this_code(data))
-    missing = [bag for bag in bags if not folders[bag.name].exists()]
+    cached = {bag.name: found for bag in bags if (found := _load(folders[bag.name], data))}
+    missing = [bag for bag in bags if bag.name not in cached]
     to_read, read, written = sum(map(size, missing)), 0, 0
     with tqdm(total=to_read, desc="reading bags", unit="B", unit_scale=True, disable=not missing) as bar:
         for bag, faults_ in zip(missing, build_all(missing, folders, data, bar.update), strict=True):
@@ -53,9 +55,13 @@ def load_dataset(config: Config, held_out: Collection[str] | None = None) -> Dat
                 skipped.append(faults_)
                 del folders[bag.name]
                 continue
+            loaded = _load(folders[bag.name], data)
+            if loaded is None:
+                raise NoRoom(f"{folders[bag.name]}: is not what was just written; expected the same; check the disk")
+            cached[bag.name] = loaded
             read, written = read + size(bag), written + _bytes(folders[bag.name])
             _check_room(written / read * (to_read - read), data)
-    cached = {name: _load(folder, data) for name, folder in folders.items()}
+    cached = {name: cached[name] for name in folders}
     skipped += _remove_duplicates(cached)
     if skipped and (data.on_bad_bag == "fail" or not cached):
         raise Fault(*(line for lines in skipped for line in lines))
@@ -130,7 +136,7 @@ def _split(recordings: dict[str, Cached], example: Cached, config: Config) -> Sp
     frames = {}
     for camera in example.frames:
         files = [recording.frames[camera][0] for recording in recordings.values()]
-        spans = [np.zeros((0, 2), np.int64), *(recording.frames[camera][1] for recording in recordings.values())]
+        spans = [np.zeros((0, 3), np.int64), *(recording.frames[camera][1] for recording in recordings.values())]
         frames[camera] = Frames(files, index, np.concatenate(spans))
     return Split(
         list(recordings),
@@ -145,16 +151,24 @@ def _split(recordings: dict[str, Cached], example: Cached, config: Config) -> Sp
     )
 
 
-def _load(folder: Path, data: Data) -> Cached:
-    """A recording from the cache. Raises Fault if it changed since it was written."""
+def _load(folder: Path, data: Data) -> Cached | None:
+    """A recording from the cache; None if it is not there. One that is not what was written is removed, and said."""
+    if not folder.exists():
+        return None
     try:
+        meta = json.loads((folder / "meta.json").read_text())
+        if meta.pop("sha256") != digest(meta):
+            raise ValueError("meta.json is not what was written")
+        if changed := [name for name, sha in meta["arrays"].items() if sha256(folder / name) != sha]:
+            raise ValueError(f"{', '.join(changed)}: not what was written")
         frames = {}
         for camera in data.cameras:
             spans = np.load(folder / f"{camera}.npy")
             frames[camera] = folder / f"{camera}.jpegs", spans
-            if (folder / f"{camera}.jpegs").stat().st_size != spans.sum(1).max():
+            if (folder / f"{camera}.jpegs").stat().st_size != spans[:, :2].sum(1).max():
                 raise ValueError(f"{camera}.jpegs is truncated")
-        meta = json.loads((folder / "meta.json").read_text())
         return Cached(meta, np.load(folder / "state.npy"), np.load(folder / "action.npy"), frames)
-    except (OSError, ValueError, EOFError) as error:
-        raise Fault(f"{folder}: damaged cache ({error}); delete this folder and run the same command again") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError) as error:
+        print(f"{folder}: damaged cache ({error}); it is made again", file=sys.stderr)
+        shutil.rmtree(folder)
+        return None

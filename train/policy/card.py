@@ -43,6 +43,7 @@ class Robot:
     held_out: dict[str, Any]  # the last validation error, and its step
     init_from: str | None
     versions: dict[str, str]
+    weights: str = ""  # SHA-256 of model.safetensors' tensors; older ones have none
     format: int = FORMAT
 
     @staticmethod

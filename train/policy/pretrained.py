@@ -148,12 +148,22 @@ def _hash_of_companions(folder: Path) -> str:
     return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
+def _hash_of(weights: dict[str, Tensor]) -> str:
+    """A hash of all numbers."""
+    result = hashlib.sha256()
+    for key in sorted(weights):
+        result.update(weights[key].numpy().data)
+    return result.hexdigest()
+
+
 def _contradictions(
     weights: dict[str, Tensor], normalizer: Normalizer, robot: Robot | None, state_dim: int, action_dim: int
 ) -> Iterator[str]:
     """Faults in files that are readable each."""
     if bad := [key for key, value in weights.items() if not value.isfinite().all()]:
         yield f"{WEIGHTS}: NaN or Inf in {', '.join(bad[:3])}; expected finite weights; use an earlier checkpoint"
+    elif robot and robot.weights and robot.weights != _hash_of(weights):
+        yield f"{WEIGHTS}: not the numbers that were written; expected those of {ROBOT}; copy the checkpoint again"
     features: dict[str, tuple[Moments, tuple[int, ...]]] = {
         f"{CAMERA}{camera}": (moments, (3, 1, 1)) for camera, moments in normalizer.cameras.items()
     }
@@ -253,9 +263,10 @@ def save(folder: Path, model: ACT, normalizer: Normalizer, config: Config, robot
     write_json(folder / PREPROCESSOR, {"name": "policy_preprocessor", "steps": steps})
     steps = [unnormalizing | {"state_file": POSTPROCESSOR_STATE}, to_device]
     write_json(folder / POSTPROCESSOR, {"name": "policy_postprocessor", "steps": steps})
-    write_json(folder / ROBOT, robot.to_json())
     weights = {f"model.{key}": value.contiguous().cpu() for key, value in model.state_dict().items()}
-    save_file(weights, folder / WEIGHTS, {"format": "pt", "beside": _hash_of_companions(folder)})
+    write_json(folder / ROBOT, dataclasses.replace(robot, weights=_hash_of(weights)).to_json())
+    # of two entries the order would be random: a file is the same to the byte whenever it is written
+    save_file(weights, folder / WEIGHTS, {"beside": _hash_of_companions(folder)})
     (folder / "README.md").write_text(robot.card())
 
 

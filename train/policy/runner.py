@@ -150,6 +150,8 @@ class Policy:
 
     def _checked(self, observation: Mapping[str, Any]) -> tuple[np.ndarray, list[np.ndarray]]:
         """State (S,) float32 and pictures, in the policy's order. Raises Fault with all faults."""
+        if not isinstance(observation, Mapping):
+            raise Fault(f"observation: a {type(observation).__name__}; expected a mapping with state and images")
         faults: list[str] = []
         state = self._checked_state(observation.get("state"), faults)
         images = observation.get("images", {})
@@ -161,7 +163,7 @@ class Policy:
             faults.append(f"observation: images is a {type(images).__name__}; expected a mapping of camera to picture")
             images = {}
         elif set(images) != set(self.cameras):
-            faults.append(f"observation: images of {sorted(images)}; expected {sorted(self.cameras)}")
+            faults.append(f"observation: images of {sorted(images, key=str)}; expected {sorted(self.cameras)}")
         pictures = {name: _array(images[name]) for name in self.cameras if name in images}
         faults += [fault for name, picture in pictures.items() if (fault := self._picture_fault(name, picture))]
         if faults:
@@ -178,7 +180,7 @@ class Policy:
                 )
                 return np.zeros(0)
             if missing := sorted(set(self.state_names) - set(state)):  # a driver may publish more than needed
-                faults.append(f"observation: state is missing {missing}; it has {sorted(state)}")
+                faults.append(f"observation: state is missing {missing}; it has {sorted(state, key=str)}")
                 return np.zeros(0)
             state = [state[name] for name in self.state_names]
         try:
@@ -222,6 +224,8 @@ class Ensembler:
     """
 
     def __init__(self, coefficient: float, chunk_size: int) -> None:
+        if isinstance(coefficient, bool) or not isinstance(coefficient, int | float):
+            raise Fault(f"ensemble: {coefficient!r}; expected a number, about 0.01")
         self.weights = torch.exp(-coefficient * torch.arange(chunk_size))
         self.sums = self.weights.cumsum(0)
         if not self.sums.isfinite().all():

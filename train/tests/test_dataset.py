@@ -157,15 +157,25 @@ def test_a_note_tells_what_is_skipped(tmp_path: Path) -> None:
     assert only_recording(tmp_path).notes == [f"{CAMERA} ends early: skipped 2.0 s of other topics"]
 
 
-def test_a_damaged_cache_is_named(tmp_path: Path) -> None:
-    load_dataset(configured(recorded(tmp_path, 1)))
-    for name in ("meta.json", "state.npy", "color.jpegs"):
-        (file,) = (tmp_path / "cache").rglob(name)
-        whole = file.read_bytes()
-        file.write_bytes(whole[: len(whole) // 2])
-        with pytest.raises(Fault, match=r"damaged cache .*delete this folder"):
-            load_dataset(configured(tmp_path))
-        file.write_bytes(whole)
+def test_a_damaged_cache_is_made_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = configured(recorded(tmp_path, 1))
+    load_dataset(config)
+    (meta,) = (tmp_path / "cache").rglob("meta.json")
+    folder, whole = meta.parent, {file.name: file.read_bytes() for file in meta.parent.iterdir()}
+    assert set(whole) == {"meta.json", "state.npy", "action.npy", "color.npy", "color.jpegs"}
+    flipped = {name: content[:-9] + bytes([content[-9] ^ 1]) + content[-8:] for name, content in whole.items()}
+    damage = {name: [content, whole[name][: len(content) // 2], b""] for name, content in flipped.items()}
+    damage["meta.json"] += [b"[]", b"null", b"{}"]
+    for name, contents in damage.items():
+        for content in contents:
+            (folder / name).write_bytes(content)
+            dataset = load_dataset(config)
+            if name == "color.jpegs" and len(content) == len(whole[name]):  # found when the picture is read
+                with pytest.raises(Fault, match=r"color.jpegs: is truncated or damaged; .* it is made again"):
+                    dataset.train.gather(np.arange(len(dataset.train.state)))
+                load_dataset(config)
+            assert f"{folder}: damaged cache (" in capsys.readouterr().err, name
+            assert {file.name: file.read_bytes() for file in folder.iterdir()} == whole
 
 
 def test_caches_of_killed_runs_and_of_older_code(

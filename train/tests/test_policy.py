@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_dataset import recorded
-from test_train import run, tiny, trained
+from test_train import flip_a_bit, run, tiny, trained
 from writing import CAMERA, COMMAND, Timed, episode, joint_state, jpeg, picture, write
 from writing import STATE as STATE_TOPIC
 
@@ -204,6 +204,8 @@ def test_a_policy_refuses_another_robot(trained_once: Path, tmp_path: Path) -> N
         ({"state": np.array([0, np.inf, 1e300])}, ["state of b is inf", "state of c is inf"]),
         ({"state": {"a": 0.0, "b": 0.0, "gripper": 0.0}}, ["missing ['c']; it has ['a', 'b', 'gripper']"]),
         ({"state": torch.zeros(3, device="meta")}, ["expected (3,) numbers"]),  # as one on a GPU
+        ({"state": {"a": 0.0, 1: 0.0}}, ["missing ['b', 'c']; it has [1, 'a']"]),
+        ({"images": {"color": SHOT, 1: SHOT}}, ["images of [1, 'color']"]),
         ({"state": np.zeros(4)}, ["(4,)", "expected (3,) numbers: a, b, c"]),
         ({"state": ["a", "b", "c"]}, ["expected (3,) numbers"]),
         ({"state": [[1.0], [1.0, 2.0], 3.0]}, ["expected (3,) numbers"]),
@@ -223,6 +225,9 @@ def test_no_action_for_a_broken_observation(trained_once: Path, wrong: dict[str,
     with pytest.raises(Fault) as caught:
         policy.act(observation(**wrong))
     assert all(word in str(caught.value) for word in words), str(caught.value)
+    for nothing in (None, [1]):
+        with pytest.raises(Fault, match="expected a mapping with state and images"):
+            policy.act(nothing)  # type: ignore[arg-type]
     policy.act(observation())
     with pytest.raises(Fault):
         policy.act(observation(**wrong))  # while a chunk is in hand
@@ -285,6 +290,7 @@ BREAKAGES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
         lambda f: edit(f / "model.safetensors", lambda t: t["model.action_head.bias"].fill_(torch.inf)),
         ["NaN or Inf in model.action_head.bias"],
     ),
+    "a bit of the weights": (lambda f: flip_a_bit(f / "model.safetensors"), ["not the numbers that were written"]),
     "another network": (
         lambda f: edit(f / "config.json", lambda c: c.update(chunk_size=11)),
         ["damaged", "decoder_pos_embed"],

@@ -3,7 +3,7 @@
 checkpoint_NNNNNN/
   pretrained_model/   the policy, see policy/pretrained.py
   training_state/     state.safetensors (optimizer, figures since the last log line), resume.json (settings, validation
-                      error, every file's size)
+                      error, every file's size and SHA-256)
 best.json             names the checkpoint with the smallest validation error, which is kept besides the newest
 """
 
@@ -25,7 +25,7 @@ from act_model import ACT
 from config import to_dict
 from dataset.normalize import Normalizer
 from faults import Fault
-from files import fsync, write_json
+from files import digest, fsync, sha256, write_json
 from policy import pretrained
 from training.run import Run
 from training.run_folder import (
@@ -33,8 +33,11 @@ from training.run_folder import (
     best_checkpoint,
     checkpoint_name,
     complete_checkpoints,
+    damaged,
     files_of,
+    incomplete_checkpoints,
     newest_checkpoint,
+    read_resume,
 )
 
 BEST = "best.json"
@@ -66,7 +69,7 @@ def save(state: TrainingState, normalizer: Normalizer, run: Run, validation_l1: 
 
     Raises Fault if the disk is full.
     """
-    folder, keep = run.config.output_dir, run.config.training.keep_checkpoints
+    folder = run.config.output_dir
     final = folder / checkpoint_name(state.step)
     writing = final.with_name(f".{final.name}.tmp")
     try:
@@ -82,33 +85,53 @@ def save(state: TrainingState, normalizer: Normalizer, run: Run, validation_l1: 
         }
         tensors |= {f"window.{i}": figures for i, figures in enumerate(state.window)}
         save_file(tensors, writing / "training_state/state.safetensors")
-        sizes = {str(path.relative_to(writing)): path.stat().st_size for path in files_of(writing)}
+        files = {str(path.relative_to(writing)): [path.stat().st_size, sha256(path)] for path in files_of(writing)}
         settings = settings_to_keep(run)
         about: dict[str, Any] = {
             "step": state.step,
             "validation_l1": validation_l1,
             "precision": f"{run.precision} on {run.device.type}",
         }
-        about |= {"steps": run.config.training.steps, "settings": settings, "files": sizes}
-        write_json(writing / RESUME, about)
+        about |= {"steps": run.config.training.steps, "settings": settings, "files": files}
+        write_json(writing / RESUME, about | {"sha256": digest(about)})
         for path in [*writing.rglob("*"), writing]:
             fsync(path)
         if final.exists():  # incomplete, else it would have been resumed
             shutil.rmtree(final)
         writing.rename(final)
         fsync(final.parent)
-        best = best_checkpoint(folder)
-        if best:
-            unit = "standard deviations of the training actions"
-            write_json(folder / BEST, {"checkpoint": best[0].name, "validation_l1": best[1], "unit": unit})
-        for old in complete_checkpoints(folder)[:-keep]:
-            if not best or old != best[0]:
-                shutil.rmtree(old.rename(old.with_name(f".{old.name}.tmp")), ignore_errors=True)
+        tidy(run)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(writing, ignore_errors=True)
         newest = newest_checkpoint(folder)
         again = f"run the same command to resume from {newest.name}" if newest else "run the same command again"
         raise Fault(f"{final}: cannot write ({error}); free some space or set output_dir, then {again}") from None
+
+
+def tidy(run: Run) -> None:
+    """Name the best checkpoint, and remove what is no longer kept or was half-written; nothing else may write there."""
+    folder, keep = run.config.output_dir, run.config.training.keep_checkpoints
+    for killed in (*folder.glob(".checkpoint_*.tmp"), *folder.glob(".*.json.tmp"), *folder.glob(".*.yaml.tmp")):
+        shutil.rmtree(killed) if killed.is_dir() else killed.unlink()
+    best = best_checkpoint(folder)
+    if best:
+        unit = "standard deviations of the training actions"
+        content = {"checkpoint": best[0].name, "validation_l1": best[1], "unit": unit}
+        write_json(folder / BEST, content)
+    for old in complete_checkpoints(folder)[:-keep]:
+        if not best or old != best[0]:
+            shutil.rmtree(old.rename(old.with_name(f".{old.name}.tmp")), ignore_errors=True)
+
+
+def newest_sound_checkpoint(run: Path) -> Path | None:
+    """The newest checkpoint that is what was written; each newer one is named."""
+    for path, lack in incomplete_checkpoints(run).items():
+        print(f"{path}: skipping incomplete checkpoint: {lack}")
+    for path in reversed(complete_checkpoints(run)):
+        if not (faults := damaged(path)):
+            return path
+        print(f"{path}: skipping damaged checkpoint: {faults}")
+    return None
 
 
 def check_room(run: Run, step: int) -> None:
@@ -132,11 +155,11 @@ def restore(checkpoint: Path, state: TrainingState, run: Run) -> TrainingState:
     Raises Fault if the run had other data, another network, batch size or seed.
     """
     try:
-        resume = json.loads((checkpoint / RESUME).read_text())
+        resume = read_resume(checkpoint)
         tensors = load_file(checkpoint / "training_state/state.safetensors")
         weights = load_file(checkpoint / "pretrained_model" / pretrained.WEIGHTS)
         held_out = json.loads((checkpoint / "pretrained_model" / pretrained.ROBOT).read_text()).get("held_out", {})
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, AttributeError, SafetensorError) as error:
         raise Fault(
             f"{checkpoint}: damaged ({error}); remove it and run the same command to resume from the one before"
         ) from None

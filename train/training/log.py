@@ -74,10 +74,10 @@ class Log:
 
 
 def _lines_until(step: int, log: Path) -> Iterator[str]:
-    """The lines of a log up to a step: later steps will be repeated. A line truncated by a kill is dropped."""
-    for line in log.read_text().splitlines() if log.exists() else []:
+    """The lines of a log up to a step: later steps will be repeated. A line that is cut or damaged is dropped."""
+    for line in log.read_text(errors="replace").splitlines() if log.exists() else []:
         try:
             if json.loads(line)["step"] <= step:
                 yield line + "\n"
-        except ValueError:
+        except (ValueError, TypeError, KeyError):
             continue

@@ -12,11 +12,12 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 from faults import Fault
-from files import LOCK, locked
+from files import LOCK, digest, locked, sha256
 
-RESUME = "training_state/resume.json"  # written last; has the sizes of all other files
+RESUME = "training_state/resume.json"  # written last; has the size and the SHA-256 of all other files, and of itself
 
 
 @contextmanager
@@ -54,7 +55,7 @@ def best_checkpoint(run: Path) -> tuple[Path, float] | None:
 
 def validation(checkpoint: Path) -> float:
     """A checkpoint's validation error in standard deviations; NaN if it was not validated."""
-    error = json.loads((checkpoint / RESUME).read_text()).get("validation_l1")
+    error = read_resume(checkpoint)["validation_l1"]
     return math.nan if error is None else error
 
 
@@ -71,13 +72,33 @@ def incomplete_checkpoints(run: Path) -> dict[Path, str]:
 def missing(checkpoint: Path) -> str:
     """What a checkpoint lacks of the files that were written, in words; nothing if it is complete."""
     try:
-        sizes = json.loads((checkpoint / RESUME).read_text())["files"]
-    except (OSError, ValueError, KeyError):
-        return f"{RESUME} is missing or truncated"
+        files = read_resume(checkpoint)["files"]
+    except (OSError, ValueError):
+        return f"{RESUME} is missing or damaged"
+    sizes = {name: entry[0] if isinstance(entry, list) else entry for name, entry in files.items()}
     there = {str(path.relative_to(checkpoint)): path.stat().st_size for path in files_of(checkpoint)}
     return ", ".join(
         f"{name} has {there.get(name, 0)} of {size} bytes" for name, size in sizes.items() if there.get(name) != size
     )
+
+
+def damaged(checkpoint: Path) -> str:
+    """Which files of a complete checkpoint are not what was written, in words; reads all of it."""
+    files = read_resume(checkpoint)["files"]
+    hashes = {name: entry[1] for name, entry in files.items() if isinstance(entry, list)}  # older ones have none
+    return ", ".join(f"{name} is damaged" for name, sha in hashes.items() if sha256(checkpoint / name) != sha)
+
+
+def read_resume(checkpoint: Path) -> dict[str, Any]:
+    """The content of a checkpoint's resume.json. Raises OSError, or ValueError if it is not what was written."""
+    tree = json.loads((checkpoint / RESUME).read_text())
+    kinds = {"step": int, "validation_l1": float | None, "settings": dict, "files": dict}
+    if not isinstance(tree, dict) or not all(isinstance(tree.get(key), kind) for key, kind in kinds.items()):
+        raise ValueError(f"expected {', '.join(kinds)}")
+    written = tree.pop("sha256", None)
+    if written != digest(tree) and (written or any(isinstance(entry, list) for entry in tree["files"].values())):
+        raise ValueError("its content is not what was written")
+    return tree
 
 
 def files_of(folder: Path) -> list[Path]:

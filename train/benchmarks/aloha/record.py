@@ -10,6 +10,7 @@ alone, and is the same to the byte whenever it is recorded.
 from __future__ import annotations
 
 import argparse
+import functools
 import multiprocessing
 import sys
 from concurrent.futures import ProcessPoolExecutor
@@ -24,7 +25,7 @@ import expert
 from cell import CAMERA, HZ, JOINTS, TASKS, Array, Cell
 
 from demo_bags import CompressedImage, JointState, Message, header, write_bag
-from faults import exit_with_message
+from faults import Fault, exit_with_message
 
 CAMERA_TOPIC, JOINT_TOPIC, COMMAND_TOPIC = f"/camera/{CAMERA}/image/compressed", "/joint_states", "/joint_command"
 BEGAN = 1_767_225_600 * 10**9  # 2026-01-01 00:00 UTC; each attempt begins a minute later
@@ -60,32 +61,38 @@ def jpeg(picture: np.ndarray) -> np.ndarray:
     return cv2.imencode(".jpg", picture[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, QUALITY])[1].ravel()
 
 
-def record_attempt(task: str, folder: Path, seed: int, attempt: int, paper: bool) -> bool:
-    """Record one attempt into a folder, if it succeeds; whether it did."""
-    cell = Cell(task, twice=paper)
+def record_attempt(task: str, root: Path, seed: int, paper: bool, attempt: int) -> bool:
+    """Record one attempt into its folder, if it succeeds; whether it did."""
+    folder, cell = root / f"attempt_{attempt:03d}", Cell(task, twice=paper)
     if folder.exists():
         return True
     if not demonstrate(cell, seed, attempt, None)[0]:
         return False
-    write_bag(folder, seed, demonstrate(cell, seed, attempt, HZ if paper else HZ // 2)[1])
+    write_bag(folder, about(task, seed, paper), demonstrate(cell, seed, attempt, HZ if paper else HZ // 2)[1])
     cell.close()
     return True
 
 
+def about(task: str, seed: int, paper: bool) -> str:
+    """What a demonstration's metadata say of it."""
+    return f"{task}{' paper' if paper else ''}, seed {seed}"
+
+
 def record(task: str, root: Path, episodes: int, seed: int, paper: bool) -> int:
-    """Record until there are so many successful demonstrations; the number of attempts."""
+    """Record until there are so many successful demonstrations; the number of attempts. Raises Fault for a folder of others."""
+    there = [folder for folder in root.glob("*") if folder.name != ".partial"]  # of a killed recording
+    ours = f"demo_seed: {about(task, seed, paper)}"
+    other = [folder for folder in there if ours not in (folder / "metadata.yaml").read_text()]
+    if other or len(there) > episodes:
+        found = f"has {other[0].name} of another task or seed" if other else f"has {len(there)} demonstrations"
+        raise Fault(f"{root}: {found}; expected at most {episodes} of {task}, seed {seed}; use an empty folder")
     kept = attempts = 0
     with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool, tqdm(total=episodes) as bar:
         while kept < episodes:
             numbers = range(attempts, attempts + episodes - kept)
-            folders = [root / f"attempt_{number:03d}" for number in numbers]
-            jobs = [
-                pool.submit(record_attempt, task, *each, paper)
-                for each in zip(folders, [seed] * len(folders), numbers, strict=True)
-            ]
-            for job in jobs:
-                kept += job.result()
-                bar.update(job.result())
+            for succeeded in pool.map(functools.partial(record_attempt, task, root, seed, paper), numbers):
+                kept += succeeded
+                bar.update(succeeded)
             attempts += len(numbers)
     return attempts
 
