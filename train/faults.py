@@ -17,13 +17,18 @@ SECRETS = re.compile(r"(?i)(?<=\bsig=)[^&;\s'\"]+|(?<=\bAccountKey=)[^;\s'\"]+|(
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
 
 
+def printable(text: str) -> str:
+    """One line with its control characters escaped: a name in a recording must not steer a terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 class Fault(Exception):
     """An error the user can fix. Each argument is one line: place: what was found; what was expected; what to do."""
 
     code = 1  # the command's exit code
 
     def __init__(self, *lines: str, code: int | None = None) -> None:
-        super().__init__(*(SECRETS.sub("***", line) for line in lines))
+        super().__init__(*(printable(SECRETS.sub("***", line)) for line in lines))
         self.code = code or self.code
 
     def __str__(self) -> str:

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from blob_url import BlobUrl, is_url
 from config import Config, Data, load
-from faults import Fault, exit_with_message
+from faults import Fault, exit_with_message, printable
 from files import write_whole
 from inspection.propose import propose
 from inspection.report import page
@@ -59,7 +59,7 @@ def table(one: Inspection, config: Config | None) -> str:
     for word, texts in (("note", one.notes), ("warning", one.warnings), ("error", one.faults)):
         lines += [f"{word}: {text}" for text in texts]
     wrapped = [lines[0], *(row for line in [*lines[1:], f"verdict: {one.verdict}"] for row in _wrapped(line))]
-    return "\n".join(wrapped)
+    return "\n".join(map(printable, wrapped))
 
 
 def _wrapped(line: str) -> list[str]:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from blob_url import is_url
 from config import UR10E_JOINTS, Action, Data, Signal
-from faults import Fault
+from faults import Fault, printable
 from inspection.topics import Topic
 from inspection.verdict import inspect
 from recordings.bags import Bag, read_messages
@@ -99,7 +99,8 @@ def propose(bags: list[Bag], place: str) -> str:
     lines += [f"  # left out: {name}: {reason}" for name, reason in sorted(left_out.items())]
     lines += ["", "output_dir: outputs/train-rosbag-act  # below the folder of this file"]
     faults += [f"{one.name}: {fault}" for one in inspections for fault in one.faults]
-    return "\n".join([*lines, *(f"# error: {fault}" for fault in dict.fromkeys(faults)), ""])
+    lines += [f"# error: {fault}" for fault in dict.fromkeys(faults)]
+    return "".join(printable(line) + "\n" for line in lines)
 
 
 def _refused(bags: list[Bag], data: Data, states: list[Entry], commands: list[Entry]) -> Iterator[str]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import platform
 from dataclasses import dataclass
+from html import escape
 from importlib.metadata import version
 from string import Template
 from typing import Any, NamedTuple
 
 import torch
 
+from faults import printable
 from recordings.images import WHOLE, Part
 
 FORMAT = 2
@@ -71,7 +73,7 @@ class Robot:
 
     def card(self) -> str:
         """The model card, in Markdown."""
-        rows = [f"rate | {self.fps:g} Hz: run it at this rate", f"state | {', '.join(self.state_names)}"]
+        rows = [f"rate | {self.fps:g} Hz: run it at this rate", f"state | {_plain(', '.join(self.state_names))}"]
         for name, camera in self.cameras.items():
             sizes = ", ".join(f"{w}x{h}" for h, w in camera.recorded)
             seen = f"seen at {camera.width}x{camera.height} (width x height)"
@@ -80,15 +82,15 @@ class Robot:
                 seen += (
                     f", of it the part of height {height} and width {width} from top {top}, left {left}, in fractions"
                 )
-            rows.append(f"picture `{name}` | `{camera.topic}`, recorded at {sizes}, {seen}")
+            rows.append(f"picture `{name}` | {_plain(camera.topic)}, recorded at {sizes}, {seen}")
         meaning = "**absolute** targets" if self.action_as == "absolute" else "**deltas**: add each to its tick's state"
         source = "the state one tick later" if self.action_from == "next_state" else "the commands sent to the robot"
-        rows += [f"action | {', '.join(self.action_names)}", f"meaning | {meaning}; learned from {source}"]
+        rows += [f"action | {_plain(', '.join(self.action_names))}", f"meaning | {meaning}; learned from {source}"]
         validated = ", ".join(f"{key}: {value:.4g}" for key, value in self.held_out.items()) or "not validated yet"
         return CARD.substitute(
             step=self.step,
             train=self._amount("train"),
-            start=f", starting from the weights of `{self.init_from}`" if self.init_from else "",
+            start=f", starting from the weights of {_plain(self.init_from)}" if self.init_from else "",
             judged=f"{self._amount('validation')}; {validated}" if self.recordings["validation"] else "nothing",
             rows="\n".join(f"| {row} |" for row in rows),
             fps=f"{self.fps:g}",
@@ -102,6 +104,11 @@ class Robot:
         episodes, seconds = self.amount[split]["episodes"], self.amount[split]["seconds"]
         time = f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds:.0f} s"
         return f"{len(self.recordings[split])} recordings, {episodes} episodes, {time}"
+
+
+def _plain(text: str) -> str:
+    """A name as Markdown shows it: without HTML, control characters or the end of a cell."""
+    return escape(printable(text), quote=False).replace("|", "\\|")
 
 
 def versions() -> dict[str, str]:

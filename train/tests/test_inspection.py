@@ -213,6 +213,31 @@ def test_a_dry_run_gives_the_same_warnings(tmp_path: Path) -> None:
     assert line.startswith("warning: 5 recordings (stuck, stuck_0, stuck_1, ...): b never moves"), line
 
 
+def test_names_in_a_recording_steer_no_terminal_and_no_page(tmp_path: Path) -> None:
+    evil = "a\x1b[31m\n<script>|"
+    names = [evil, "b", "c"]
+    timed = [
+        (topic, kind, at, joint_state(at, message.position, names) if topic == STATE else message)
+        for topic, kind, at, message in arm(2.0)
+    ]
+    for i in range(2):
+        write(tmp_path / f"bags/\x1b[2J{i}", timed if i else arm(1.0, lag=0.12))
+    done = run(tmp_path / "bags", "--no-pictures")
+    proposed = run(tmp_path / "bags" / "\x1b[2J1", "--propose")
+    assert (
+        "\\x1b[31m\\n<script>" in done.stdout
+        and yaml.safe_load(proposed.stdout)["data"]["state"][0]["joints"][0] == evil
+    )
+    config = configured(
+        tmp_path, f"data.state={json.dumps([{'topic': STATE, 'joints': names}])}", "data.on_bad_bag=skip"
+    )
+    report = Run(config, load_dataset(config)).report()
+    robot = Run(config, load_dataset(config)).robot(1, {})
+    assert "no joint" in report and "&lt;script&gt;\\|, b, c" in robot.card() and "<script>" not in robot.card()
+    for text in (done.stdout, done.stderr, proposed.stdout, report, robot.card()):
+        assert all(c.isprintable() or c == "\n" for c in text), text
+
+
 @pytest.mark.skipif(not SHARED.exists(), reason="the recordings of others are not here")
 @pytest.mark.parametrize("storage", ["mcap", "sqlite3"])
 def test_topics_that_other_readers_drop_are_counted(storage: str) -> None:

@@ -370,7 +370,7 @@ def test_the_model_card_names_the_training_data(trained_once: Path) -> None:
         "12 steps on 2 recordings, 2 episodes, 2 s",
         "Held out: 1 recordings, 1 episodes, 1 s; mean L1 in standard deviations: ",
         "| state | a, b, c |",
-        "| picture `color` | `/camera`, recorded at 64x48, seen at 48x32",
+        "| picture `color` | /camera, recorded at 64x48, seen at 48x32",
         "**absolute** targets",
         "from_pretrained(",
         "Policy.load(",

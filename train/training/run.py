@@ -17,7 +17,7 @@ from act_model import ACT, IMAGENET_WEIGHTS, calibrate_norms, load_imagenet_weig
 from config import Config, Model, to_dict
 from dataset.batches import Dataset, Split
 from dataset.telling import FEW, needs_picture
-from faults import Fault
+from faults import Fault, printable
 from policy import pretrained
 from policy.card import CameraInfo, Robot, versions
 from recordings import plausibility
@@ -79,7 +79,7 @@ class Run:
 
     def report(self) -> str:
         """What will be trained on: episodes, shapes, samples, sizes, warnings."""
-        return "\n".join(self._report())
+        return "\n".join(map(printable, self._report()))
 
     def _report(self) -> Iterator[str]:
         config, dataset, data = self.config, self.dataset, self.config.data
