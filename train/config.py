@@ -11,9 +11,10 @@ import difflib
 import math
 import os
 import re
+import reprlib
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +25,10 @@ from blob_url import BlobUrl, is_url
 from faults import Fault
 
 ROOT = Path(__file__).resolve().parent.parent
+LONGEST, DEEPEST = 65_536, 20  # characters of a configuration, levels of it
+SHORT = reprlib.Repr()
+SHORT.maxlevel, SHORT.maxlist, SHORT.maxdict = 3, 20, 20
+SHORT.maxstring = SHORT.maxother = 300
 RETIRED = ("training.matmul_precision",)  # in the config.yaml of older runs; ignored
 
 
@@ -71,7 +76,7 @@ class Data:
         "recordings: .mcap, .db3, .bag, rosbag2 folders; or https://ACCOUNT.blob.core.windows.net/CONTAINER/PREFIX",
     )
     cache_dir: Path = setting(ROOT / "outputs/cache", "decoded recordings, shared by all runs; can be deleted")
-    fps: float = setting(30.0, "ticks per second: the rate at which the robot will run the policy", above=0)
+    fps: float = setting(30.0, "ticks per second: the rate at which the robot will run the policy", above=0, below=1001)
     image_size: tuple[int, int] = setting((240, 320), "height, width of the network's input", least=32, below=4097)
     cameras: dict[str, str] = setting(
         {"color": "/camera/color/image_raw"},
@@ -104,16 +109,18 @@ class Data:
 class Model:
     """ACT, with LeRobot's names and defaults."""
 
-    chunk_size: int = setting(100, "actions in one chunk, in ticks", least=1)
+    chunk_size: int = setting(100, "actions in one chunk, in ticks", least=1, below=100_001)
     n_action_steps: int = setting(100, "actions of a chunk that the robot executes before it observes again", least=1)
-    dim_model: int = setting(512, "width of the transformers", least=4)
+    dim_model: int = setting(512, "width of the transformers", least=4, below=65_537)
     n_heads: int = setting(8, "attention heads; must divide dim_model", least=1)
-    dim_feedforward: int = setting(3200, "width inside the feed-forward blocks", least=1)
-    n_encoder_layers: int = setting(4, "layers of the encoder", least=1)
-    n_decoder_layers: int = setting(1, "layers of the decoder; the original trains only one of its seven", least=1)
+    dim_feedforward: int = setting(3200, "width inside the feed-forward blocks", least=1, below=1_000_001)
+    n_encoder_layers: int = setting(4, "layers of the encoder", least=1, below=1001)
+    n_decoder_layers: int = setting(
+        1, "layers of the decoder; the original trains only one of its seven", least=1, below=1001
+    )
     use_vae: bool = setting(True, "train with a latent style variable: demonstrations differ in style")
-    latent_dim: int = setting(32, "size of that variable", least=1)
-    n_vae_encoder_layers: int = setting(4, "layers of its encoder", least=1)
+    latent_dim: int = setting(32, "size of that variable", least=1, below=65_537)
+    n_vae_encoder_layers: int = setting(4, "layers of its encoder", least=1, below=1001)
     dropout: float = setting(0.1, "share of activations dropped in training", least=0, below=1)
     kl_weight: float = setting(10.0, "weight of the KL term beside the L1 term", least=0)
     pretrained_backbone: bool = setting(True, "start ResNet-18 from ImageNet weights (45 MB, downloaded once)")
@@ -125,7 +132,7 @@ class Training:
 
     init_from: Path | None = setting(None, "checkpoint or pretrained_model folder, ours or LeRobot's, to start from")
     steps: int = setting(100_000, "optimizer steps", least=1)
-    batch_size: int = setting(8, "samples per step and GPU", least=1)
+    batch_size: int = setting(8, "samples per step and GPU", least=1, below=1_000_001)
     lr: float = setting(1e-5, "AdamW rate of the transformers; the paper's value", above=0)
     lr_backbone: float = setting(1e-5, "AdamW rate of the ResNet", least=0)
     weight_decay: float = setting(1e-4, "AdamW's, on all parameters", least=0)
@@ -167,15 +174,15 @@ def load(path: Path | None, overrides: Sequence[str] = ()) -> Config:
     tree: dict[str, Any] = {}
     if path is not None:
         try:
-            tree = yaml.load(path.read_text(), _UniqueKeys) or {}
+            tree = _parse(path.read_text()) or {}
         except FileNotFoundError:
             raise Fault(f"{path}: no such configuration file") from None
         except (OSError, UnicodeDecodeError) as error:
             raise Fault(f"{path}: cannot read: {error}") from None
-        except (yaml.YAMLError, ValueError) as error:  # ValueError: an impossible date
+        except yaml.YAMLError as error:
             raise Fault(f"{path}: is not valid YAML: {' '.join(str(error).split())}") from None
         if not isinstance(tree, dict):
-            raise Fault(f"{path}: expected a mapping with keys such as training, found {tree!r}")
+            raise Fault(f"{path}: expected a mapping with keys such as training, found {_shown(tree)}")
         for dotted in RETIRED:
             room, key = dotted.split(".")
             if isinstance(tree.get(room), dict) and tree[room].pop(key, None) is not None:
@@ -188,9 +195,9 @@ def load(path: Path | None, overrides: Sequence[str] = ()) -> Config:
             faults.append(f"{override}: expected key=value, such as training.steps=20000")
             continue
         try:
-            branch = yaml.load(text, _UniqueKeys)
+            branch = _parse(text)
         except (yaml.YAMLError, ValueError) as error:
-            faults.append(f"{key}: the value {text!r} is not valid YAML: {' '.join(str(error).split())}")
+            faults.append(f"{key}: the value {_shown(text)} is not valid YAML: {' '.join(str(error).split())}")
             continue
         for name in reversed(key.split(".")):
             branch = {name: branch}
@@ -240,14 +247,40 @@ def _on_one_line(value: Any) -> str:
     return yaml.safe_dump(value, default_flow_style=True, width=10_000, sort_keys=False).removesuffix("\n...\n").strip()
 
 
+def _parse(text: str) -> Any:
+    """Plain data from YAML of a sane size and depth. Raises yaml.YAMLError."""
+    if len(text) > LONGEST:
+        raise yaml.YAMLError(f"{len(text)} characters; expected a configuration of at most {LONGEST}")
+    depth = 0
+    try:
+        for event in yaml.parse(text, _UniqueKeys):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > DEEPEST:
+                raise yaml.YAMLError(f"nested more than {DEEPEST} deep")
+        return yaml.load(text, _UniqueKeys)
+    # of an impossible date, an explicit tag, an alias within itself
+    except (ValueError, AttributeError, LookupError, RecursionError, TypeError) as error:
+        raise yaml.YAMLError(f"{type(error).__name__}: {error}") from None
+
+
+def _shown(value: Any) -> str:
+    """A value as an error shows it: a short part of what is long."""
+    text = SHORT.repr(value)
+    return text if len(text) <= 300 else text[:297] + "..."
+
+
 class _UniqueKeys(yaml.SafeLoader):
     """YAML that refuses a duplicate key: PyYAML silently keeps the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        seen = set()
         for key in keys:
-            if keys.count(key) > 1:
+            if not isinstance(key, Hashable):
+                break  # the parent names it
+            if key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"duplicate key {key!r}", node.start_mark)
+            seen.add(key)
         return super().construct_mapping(node, deep)
 
 
@@ -267,10 +300,14 @@ def _make_paths_absolute(tree: Any, kind: type, folder: Path) -> None:
         if dataclasses.is_dataclass(hint):
             _make_paths_absolute(value, typing.cast(type, hint), folder)
             continue
-        if not isinstance(value, str) or not value or "\0" in value or Path not in (hint, *typing.get_args(hint)):
+        if not isinstance(value, str) or not value or not _is_path(value) or Path not in (hint, *typing.get_args(hint)):
             continue
         if not (BlobUrl in typing.get_args(hint) and is_url(value)):
             tree[key] = str((folder / os.path.expanduser(value)).resolve())  # noqa: PTH111 -- Path's raises
+
+
+def _is_path(value: str) -> bool:
+    return "\0" not in value and not re.search("[\ud800-\udfff]", value)
 
 
 def _merge(tree: dict[str, Any], branch: Mapping[str, Any], key: str = "") -> None:
@@ -286,14 +323,14 @@ def _merge(tree: dict[str, Any], branch: Mapping[str, Any], key: str = "") -> No
 def _build(kind: type, tree: Any, key: str, faults: list[str]) -> Any:
     """The dataclass `kind` from a tree; None if there are faults, which are appended."""
     if not isinstance(tree, dict):
-        faults.append(f"{key.rstrip('.')}: expected a mapping, found {tree!r}")
+        faults.append(f"{key.rstrip('.')}: expected a mapping, found {_shown(tree)}")
         return None
     hints, values = _hints(kind), {}
     for name in tree:
         if name not in hints:
             near = difflib.get_close_matches(str(name), hints, n=1, cutoff=0.5)
             advice = f"did you mean {key}{near[0]}?" if near else f"known keys: {', '.join(hints)}"
-            faults.append(f"{key}{name}: unknown key (value {tree[name]!r}); {advice}")
+            faults.append(f"{key}{name}: unknown key (value {_shown(tree[name])}); {advice}")
     for f in dataclasses.fields(kind):
         name = _yaml_key(f)
         if name in tree:
@@ -317,20 +354,21 @@ def _value(hint: Any, value: Any, key: str, bounds: Mapping[str, Any], faults: l
             faults += [f"{key}: {line}" for line in error.args]
             return value
     if origin in (typing.Union, types.UnionType):  # a word or a list; a path, where it is no URL
-        return _value(inner[1 if isinstance(value, list) else 0], value, key, bounds, faults)
+        lists = [each for each in inner if typing.get_origin(each) is tuple]
+        return _value(lists[0] if lists and isinstance(value, list) else inner[0], value, key, bounds, faults)
     if origin is Literal:
         if value not in inner:
-            faults.append(f"{key}: expected {' or '.join(map(str, inner))}, found {value!r}")
+            faults.append(f"{key}: expected {' or '.join(map(str, inner))}, found {_shown(value)}")
         return value
     if origin is tuple:
         if not isinstance(value, list) or (inner[-1] is not ... and len(value) != len(inner)):
             length = "" if inner[-1] is ... else f" of {len(inner)}"
-            faults.append(f"{key}: expected a list{length}, found {value!r}")
+            faults.append(f"{key}: expected a list{length}, found {_shown(value)}")
             return value
         return tuple(_value(inner[0], item, f"{key}[{i}]", bounds, faults) for i, item in enumerate(value))
     if origin is dict:
         if not isinstance(value, dict):
-            faults.append(f"{key}: expected a mapping of names, found {value!r}")
+            faults.append(f"{key}: expected a mapping of names, found {_shown(value)}")
             return value
         return {
             _value(str, name, f"{key} (a name)", {}, faults): _value(inner[1], item, f"{key}.{name}", bounds, faults)
@@ -346,10 +384,10 @@ def _scalar(hint: Any, value: Any, key: str, bounds: Mapping[str, Any], faults: 
         value = float(value)
     expected = {int: "an integer", float: "a number", bool: "true or false", str: "a text", Path: "a path"}[hint]
     if not isinstance(value, str if hint is Path else hint) or (hint is int and isinstance(value, bool)) or value == "":
-        faults.append(f"{key}: expected {expected}, found {value!r}")
+        faults.append(f"{key}: expected {expected}, found {_shown(value)}")
         return value
-    if hint is Path and "\0" in value:
-        faults.append(f"{key}: expected a path, found a zero byte in it: {value!r}")
+    if hint is Path and not _is_path(value):
+        faults.append(f"{key}: expected a path, found characters that none has: {_shown(value)}")
     if isinstance(value, float) and not math.isfinite(value):
         faults.append(f"{key}: expected a finite number, found {value}")
     least, above, below = (bounds.get(name) for name in ("least", "above", "below"))

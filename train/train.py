@@ -245,6 +245,7 @@ def dry_run(config: Config, processes: Processes) -> Dataset:
         dataset = load_dataset(config)
     if processes.first:
         run = Run(config, dataset, processes=processes)
+        run.check_memory()
         print("\n".join([run.report(), *older_caches(config.data)]))
         checkpoints.check_room(run, 0)
         if config.training.augment and config.data.cameras:
@@ -264,6 +265,7 @@ def train_and_judge(config: Config, processes: Processes, judges: bool) -> Datas
     with processes.local_first():
         dataset = load_dataset(config)
     run = Run(config, dataset, device, processes, precision)
+    run.check_memory()
     if processes.first:
         print(run.report(), flush=True)
     try:

@@ -122,3 +122,33 @@ def test_the_table_in_the_readme_matches_the_dataclasses() -> None:
     assert written == [
         f"| `{key}` | {f'`{default}`' if default else ''} | {reason} |" for key, default, reason in config.rows()
     ]
+
+
+BOMB = "a: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 9)
+)
+
+
+@pytest.mark.parametrize(
+    "yaml",
+    [
+        *("data: {bag_dir: [a, b]}", "training: {init_from: [a]}", "data: {state: {a: b}}", "data: {crop: {color: 1}}"),
+        *(
+            f"data: {{fps: !!{tag} x}}"
+            for tag in ("timestamp", "bool", "int", "float", "set", "python/object:os.system")
+        ),
+        *("model: {n_heads: !!int ''}", "data: {fps: 2001-99-99}", "? {a: b}\n: c", "data: {cameras: {? [a] : b}}"),
+        *("data: " + "[" * 3000, "data: " + "[" * 500 + "]" * 500, "a: &a [*a]", "data: &d {x: *d}"),
+        *("training: {steps: " + "9" * 5000 + "}", 'output_dir: "a\\ud800"', 'data: {bag_dir: "\\udfff"}', "\0"),
+        *(BOMB + "data: *a8", BOMB + "training: {steps: *a8}"),
+        "{" + ", ".join(f"k{i}: 1" for i in range(50_000)) + "}",
+        *("model: {dim_model: 1000000000000}", "data: {fps: 1000000}", "model: {n_encoder_layers: 100000000}"),
+        *("training: {batch_size: 1000000000000}", "model: {chunk_size: 1000000000}"),
+    ],
+    ids=lambda yaml: yaml[:30].encode("unicode_escape").decode(),
+)
+def test_a_hostile_configuration_is_one_short_fault(tmp_path: Path, yaml: str) -> None:
+    (tmp_path / "a.yaml").write_text(yaml)
+    with pytest.raises(Fault) as caught:
+        load(tmp_path / "a.yaml")
+    assert len(str(caught.value)) < 3000

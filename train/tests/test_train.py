@@ -300,6 +300,21 @@ def test_a_damaged_checkpoint_is_skipped(tmp_path: Path, capsys: pytest.CaptureF
         assert file.read_bytes() == (last / "pretrained_model" / file.name).read_bytes(), "the same to the byte"
 
 
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("model.dim_model=65536", "error: model: needs "),
+        ("training.batch_size=1000000", "error: training.batch_size: needs "),
+        ("output_dir=/dev/null/run", "error: output_dir: cannot write to /dev/null"),
+    ],
+)
+def test_what_cannot_fit_is_said_before_it_is_built(tmp_path: Path, setting: str, words: str) -> None:
+    path = tiny(recorded(tmp_path, 2), "data.image_size=[128, 128]")
+    for options in ((), ("--dry-run",)):
+        done = run("--config", path, setting, *options, check=False)
+        assert done.returncode == 1 and words in done.stderr, done.stderr
+
+
 def test_a_run_does_not_resume_with_other_data_or_another_network(tmp_path: Path) -> None:
     path = tiny(recorded(tmp_path))
     trained(path)

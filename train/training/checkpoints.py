@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -137,11 +138,14 @@ def newest_sound_checkpoint(run: Path) -> Path | None:
 def check_room(run: Run, step: int) -> None:
     """Raises Fault if the disk has no room for the checkpoints that will be kept after a step."""
     folder, settings = run.config.output_dir, run.config.training
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise Fault(f"output_dir: cannot write to {there}; expected a folder of yours; set another")
     each = 12 * run.parameters  # weight and two moments, float32
     to_write = math.ceil(settings.steps / settings.save_every) - step // settings.save_every
     kept = settings.keep_checkpoints + 2 - len(complete_checkpoints(folder))  # the best, and the one being written
     count = min(to_write, max(kept, 1))
-    free = shutil.disk_usage(next(path for path in (folder, *folder.absolute().parents) if path.exists())).free
+    free = shutil.disk_usage(there).free
     if count * each > free:
         raise Fault(
             f"{folder}: needs {count * each / 1e6:.0f} MB for {count} checkpoints, {free / 1e6:.0f} MB are free; free some "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -74,8 +75,24 @@ class Run:
 
     @cached_property
     def parameters(self) -> int:
-        """How many numbers the network learns."""
-        return sum(p.numel() for p in self.new_model().parameters())
+        """How many numbers the network learns; counted without memory for them."""
+        with torch.device("meta"):
+            return sum(p.numel() for p in self.new_model().parameters())
+
+    def check_memory(self) -> None:
+        """Raises Fault if the network or a batch cannot fit into this machine's memory."""
+        config, (height, width) = self.config, self.config.data.image_size
+        sample = 3 * height * width * len(config.data.cameras)
+        sample += 4 * config.model.chunk_size * len(self.dataset.action_names)
+        each = 16 if self.device.type == "cpu" else 4  # bytes of a weight, with its gradient and moments
+        needs = {"model": each * self.parameters, "training.batch_size": config.training.batch_size * sample}
+        has = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        if faults := [
+            f"{key}: needs {size / 1e9:.0f} GB of memory, this machine has {has / 1e9:.0f} GB; make it smaller"
+            for key, size in needs.items()
+            if size > has
+        ]:
+            raise Fault(*faults)
 
     def report(self) -> str:
         """What will be trained on: episodes, shapes, samples, sizes, warnings."""
