@@ -1,5 +1,6 @@
 """benchmarks/aloha without a picture: the expert, what it records, and a demonstration that is replayed."""
 
+import os
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 if not (find_spec("mujoco") and find_spec("gym_aloha")):
     pytest.skip("mujoco or gym-aloha is not installed: make -C train .venv/aloha", allow_module_level=True)
 
+os.environ["MUJOCO_GL"] = "disable"  # a machine may have no libEGL
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks/aloha"))
 import expert
 from cell import TASKS, Cell

@@ -18,14 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 os.environ.setdefault("MUJOCO_GL", "egl")  # read by mujoco's import; its default wants a screen
-SCENES = importlib.util.find_spec("gym_aloha")
 try:
     import mujoco
-except ImportError:
-    SCENES = None
-if SCENES is None or SCENES.origin is None:
-    sys.exit("error: benchmarks/aloha: needs mujoco and the files of gym-aloha; run make -C train .venv/aloha")
-ASSETS = Path(SCENES.origin).parent / "assets"
+
+    ASSETS = Path(str(importlib.util.find_spec("gym_aloha").origin)).parent / "assets"  # type: ignore[union-attr]
+except (ImportError, AttributeError) as error:  # AttributeError: no libEGL, or no gym-aloha
+    sys.exit(f"error: benchmarks/aloha: {error}; run make -C train .venv/aloha, and apt-get install libegl1")
 
 Array = NDArray[np.float64]
 
