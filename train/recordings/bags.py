@@ -11,17 +11,17 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from shutil import copyfileobj
 from typing import Any, BinaryIO, NamedTuple
 
 import yaml
 from rosbags.typesys import Stores, get_types_from_idl, get_types_from_msg, get_typestore
 
 from faults import Fault, NoRoom
-from recordings.storage import ZSTD_MAGIC, Connection, Storage, Unreadable, open_storage, zstd
+from recordings.storage import LARGEST, ZSTD_MAGIC, Connection, Storage, Unreadable, open_storage, unpacked, zstd
 
 YAML = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's is ten times as fast
 STORAGES = (".mcap", ".db3", ".bag")
+MOST_PACKED = 200  # times that a recording may be compressed
 PACKED = (".zstd", ".zst")  # as rosbag2 and as zstd name them
 REMEDIES = {".mcap": "`mcap recover`", ".db3": "`sqlite3 FILE .recover`", ".bag": "`rosbag reindex`"}
 # these types are the same in every release: another definition of them is a damaged one
@@ -88,6 +88,8 @@ def find_bags(folder: Path) -> tuple[list[Bag], list[str]]:
             if path.name == "metadata.yaml" and path.parent in described:
                 bags.append(_described_bag(path, str(path.parent.relative_to(root))))
             elif _storage_suffix(path) in STORAGES and path.parent not in described:
+                if path.exists() and not path.is_file():
+                    raise Fault(f"{path}: is a pipe or a device; expected a file; remove it")
                 if path.suffix in PACKED and path.with_suffix("").exists() and folder != path:
                     raise Fault(f"{path}: a compressed copy of {path.stem}; remove one of them")
                 bags.append(Bag(str(path.relative_to(root)), (path,), {}))
@@ -132,7 +134,7 @@ def _described_bag(metadata: Path, name: str) -> Bag:
         declared = {topic["topic_metadata"]["name"]: topic["message_count"] for topic in topics}
     except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError) as error:
         raise Fault(f"{metadata}: cannot read ({_brief(error)}); {advice}") from None
-    missing = [file.name for file in files if not file.exists()]
+    missing = [file.name for file in files if not file.is_file()]
     if missing or not files:
         raise Fault(f"{metadata}: missing file: {', '.join(missing) or 'all'}; copy the whole recording, or {advice}")
     siblings = [path for path in _files(metadata.parent) if path.parent == metadata.parent and path not in files]
@@ -218,8 +220,12 @@ def _decompressed(file: Path, content: BinaryIO, stack: ExitStack) -> BinaryIO:
     folder = tempfile.gettempdir()
     try:
         plain: Any = stack.enter_context(tempfile.NamedTemporaryFile(prefix="rosbag-"))  # noqa: SIM115
-        with zstd.open(content, "rb") as unpacked:
-            copyfileobj(unpacked, plain, 1 << 20)
+        most = max(LARGEST, MOST_PACKED * file.stat().st_size)
+        with zstd.open(content, "rb") as stream:
+            while part := stream.read(1 << 20):
+                plain.write(part)
+                if plain.tell() > most:
+                    raise Fault(f"{file}: unpacks to more than {most / 1e6:.0f} MB; expected a recording; remove it")
         plain.flush()
     except (zstd.ZstdError, EOFError) as error:
         raise Fault(f"{file}: cannot decompress ({_brief(error)}); it is truncated: copy it again") from None
@@ -266,9 +272,12 @@ def plain(raw: bytes) -> bytes:
     if raw[:4] != ZSTD_MAGIC:  # no CDR or ROS 1 message that is read here begins so
         return raw
     try:
-        return zstd.decompress(raw)
-    except zstd.ZstdError as error:
+        message = unpacked("zstd", raw, LARGEST)
+    except (zstd.ZstdError, EOFError) as error:
         raise Fault(f"cannot decompress ({_brief(error)}); the file is damaged: copy it again") from None
+    if len(message) > LARGEST:
+        raise Fault(f"unpacks to more than {LARGEST} bytes; expected a message; remove the recording")
+    return message
 
 
 def _brief(error: Exception) -> str:

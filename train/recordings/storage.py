@@ -30,8 +30,12 @@ else:
 
 Stamped = tuple[int, int, bytes]  # connection, receive stamp in ns, message
 ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
-UNPACK: dict[str, Callable[[bytes], bytes]] = {"": bytes, "none": bytes, "bz2": bz2.decompress}
-UNPACK |= {"lz4": lz4.frame.decompress, "zstd": zstd.decompress}
+UNPACKERS: dict[str, Callable[[], Any]] = {
+    "bz2": bz2.BZ2Decompressor,
+    "lz4": lz4.frame.LZ4FrameDecompressor,
+    "zstd": zstd.ZstdDecompressor,
+}
+LARGEST = 2**28  # bytes of an unpacked chunk or message: a small file must not fill the memory
 NO_SUM = "none"
 SUMS = {"bz2": "bz2's CRCs", "lz4": "LZ4's checksums", "zstd": "zstd's checksum"}
 
@@ -112,15 +116,31 @@ def _damage(at: int, what: str) -> Unreadable:
 
 def _unpack(packing: str, packed: bytes, size: int, at: int) -> bytes:
     """The content of a chunk."""
-    if packing not in UNPACK:
+    if packing not in ("", "none", *UNPACKERS):
         raise Unreadable(f"chunks compressed by {packing!r}", "compress it with zstd or lz4 (`mcap compress`)")
+    if size > LARGEST:
+        raise _damage(at, f"a chunk declared to have {size} bytes; expected at most {LARGEST}")
     try:
-        raw = UNPACK[packing](packed)
+        raw = unpacked(packing, packed, size) if packing in UNPACKERS else packed
     except Exception as error:  # each library has its own
         raise _damage(at, f"cannot decompress a chunk ({' '.join(str(error).split())[:80]})") from None
     if len(raw) != size:
         raise _damage(at, f"a chunk of {len(raw)} bytes, declared {size}")
     return raw
+
+
+def unpacked(packing: str, packed: bytes, most: int) -> bytes:
+    """What is in compressed frames, one after the other; stops after more than `most` bytes. Raises the library's errors."""
+    parts: list[bytes] = []
+    left = most + 1
+    while packed and left > 0:
+        unpacker = UNPACKERS[packing]()
+        parts.append(unpacker.decompress(packed, max_length=left))
+        left -= len(parts[-1])
+        if not unpacker.eof and left > 0:
+            raise EOFError("it ends too early")
+        packed = unpacker.unused_data or b""
+    return b"".join(parts)
 
 
 def _sum_of(packing: str, packed: bytes) -> str:

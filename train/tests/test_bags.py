@@ -1,10 +1,13 @@
 """Bags, signals and pictures: every storage gives the same numbers, every fault one clear message."""
 
 import contextlib
+import os
 import shutil
 import sqlite3
+import struct
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import cv2
@@ -35,7 +38,7 @@ from faults import Fault
 from recordings import images
 from recordings.bags import Bag, find_bags, read_messages
 from recordings.signals import read_series
-from recordings.storage import zstd
+from recordings.storage import LARGEST, zstd
 
 SHARED = Path(__file__).parents[3] / "shared/bags"
 JOINT_SIGNAL = Signal(STATE, JOINTS)
@@ -391,6 +394,36 @@ def test_a_broken_picture_gets_one_clear_message(message: object, words: list[st
     with pytest.raises(Fault) as caught:
         images.at_size(message, (24, 32))
     assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def bomb(declared: int) -> bytes:
+    """A small MCAP with one chunk that unpacks to LARGEST bytes more than allowed, or than declared."""
+
+    def record(kind: int, body: bytes) -> bytes:
+        return struct.pack("<BQ", kind, len(body)) + body
+
+    packed = zstd.compress(bytes(LARGEST + 2))
+    chunk = struct.pack("<QQQII4sQ", 0, 1, declared, 0, 4, b"zstd", len(packed)) + packed
+    magic = b"\x89MCAP0\r\n"
+    return magic + record(1, bytes(8)) + record(6, chunk) + record(2, bytes(20)) + magic
+
+
+def test_a_small_file_fills_neither_memory_nor_time(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.mcap")
+    (tmp_path / "device.db3").symlink_to("/dev/zero")
+    for name, declared in {"honest": LARGEST + 2, "lying": 1000}.items():
+        (tmp_path / f"{name}.mcap").write_bytes(bomb(declared))
+    (tmp_path / "whole.mcap.zstd").write_bytes(zstd.compress(bytes(LARGEST + 2)))
+    bags, faults = find_bags(tmp_path)
+    assert [fault.split(": ")[1] for fault in faults] == ["is a pipe or a device; expected a file; remove it"] * 2
+    tracemalloc.start()
+    for bag, words in zip(
+        bags, ("expected at most", "a chunk of 1001 bytes, declared 1000", "unpacks to more"), strict=True
+    ):
+        with pytest.raises(Fault, match=words):
+            list(read_messages(bag, ["/camera"]))
+    assert tracemalloc.get_traced_memory()[1] < 50_000_000
+    tracemalloc.stop()
 
 
 def test_memory_does_not_grow_with_recordings(tmp_path: Path) -> None:
