@@ -346,7 +346,7 @@ def test_training_starts_from_a_policys_weights(trained_once: Path, tmp_path: Pa
     moved = max((before[key] - after[key]).abs().max() for key in before)
     assert 0 < moved < 1e-3, "five steps of 1e-5 away"
     card = (tmp_path / "run/checkpoint_000005/pretrained_model/README.md").read_text()
-    assert f"starting from the weights of `{trained_once}`" in card
+    assert f"starting from the weights of {trained_once}" in card
     again = run("--config", path, "data.fps=10", "training.steps=6", "training.init_from=/gone").stdout
     assert "resuming from" in again and "starting from" not in again
 
