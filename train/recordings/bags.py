@@ -21,6 +21,7 @@ from recordings.storage import LARGEST, ZSTD_MAGIC, Connection, Storage, Unreada
 
 YAML = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's is ten times as fast
 STORAGES = (".mcap", ".db3", ".bag")
+COPYING = (".part", ".tmp", ".partial", ".filepart", ".crdownload")  # as those who copy name what is not whole
 MOST_PACKED = 200  # times that a recording may be compressed
 PACKED = (".zstd", ".zst")  # as rosbag2 and as zstd name them
 REMEDIES = {".mcap": "`mcap recover`", ".db3": "`sqlite3 FILE .recover`", ".bag": "`rosbag reindex`"}
@@ -85,6 +86,8 @@ def find_bags(folder: Path) -> tuple[list[Bag], list[str]]:
         try:
             if path.suffix == ".active" and path.stem.endswith(STORAGES):
                 raise Fault(f"{path}: its recorder did not finish it; `rosbag reindex` it and remove the .active")
+            if path.suffix in COPYING and _storage_suffix(path.with_suffix("")) in STORAGES:
+                raise Fault(f"{path}: is still being copied; wait until it is whole, or remove it")
             if path.name == "metadata.yaml" and path.parent in described:
                 bags.append(_described_bag(path, str(path.parent.relative_to(root))))
             elif _storage_suffix(path) in STORAGES and path.parent not in described:
@@ -201,7 +204,8 @@ def opened(file: Path) -> Iterator[Storage]:
     with ExitStack() as stack:
         try:
             content: BinaryIO = stack.enter_context(file.open("rb"))
-            if not file.stat().st_size:
+            before = file.stat()
+            if not before.st_size:
                 raise Fault(f"{file}: is empty (0 bytes); copy it again or remove it")
             if file.suffix in PACKED:
                 content = _decompressed(file, content, stack)
@@ -209,10 +213,19 @@ def opened(file: Path) -> Iterator[Storage]:
             raise Fault(f"{file}: cannot read ({error.strerror}); copy it again or remove it") from None
         try:
             yield open_storage(content, _storage_suffix(file))
+            _check_unchanged(file, before)
         except Unreadable as error:
+            _check_unchanged(file, before)
             what, *fix = error.args
             repair = f"copy it again, try {REMEDIES.get(_storage_suffix(file), 'its recorder')}, or remove it"
             raise Fault(f"{file}: {what}; {fix[0] if fix else repair}") from None
+
+
+def _check_unchanged(file: Path, before: os.stat_result) -> None:
+    """Raises Fault if a file is not as it was."""
+    after = file.stat()
+    if (after.st_size, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
+        raise Fault(f"{file}: changed while it was read; is it still being copied or recorded? Run it again later")
 
 
 def _decompressed(file: Path, content: BinaryIO, stack: ExitStack) -> BinaryIO:

@@ -396,6 +396,23 @@ def test_a_broken_picture_gets_one_clear_message(message: object, words: list[st
     assert all(word in str(caught.value) for word in words), str(caught.value)
 
 
+@pytest.mark.parametrize("cut", [0, 1000])
+def test_a_recording_that_is_still_being_copied(tmp_path: Path, cut: int) -> None:
+    write(tmp_path / "one", episode(1.0))
+    file = next((tmp_path / "one").glob("*.mcap"))
+    os.truncate(file, file.stat().st_size - cut)
+    ((bag,), _) = find_bags(tmp_path)
+    messages = read_messages(bag, [CAMERA])
+    next(messages)
+    with file.open("ab") as copied:
+        copied.write(bytes(9))
+    with pytest.raises(Fault, match=r"one.mcap: changed while it was read; is it still being copied"):
+        list(messages)
+    file.rename(file.with_name("one.mcap.part"))
+    (tmp_path / "two.bag.zst.tmp").touch()
+    assert sum("is still being copied; wait" in fault for fault in find_bags(tmp_path)[1]) == 2
+
+
 def bomb(declared: int) -> bytes:
     """A small MCAP with one chunk that unpacks to LARGEST bytes more than allowed, or than declared."""
 
