@@ -13,6 +13,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -65,7 +66,8 @@ class Frames(NamedTuple):
             jpeg = os.pread(content.fileno(), size, begin)
         pixels = decode(jpeg) if len(jpeg) == size and zlib.crc32(jpeg) == crc else None
         if pixels is None or pixels.shape != out.shape:
-            (file.parent / "meta.json").unlink(missing_ok=True)
+            with suppress(OSError):
+                (file.parent / "meta.json").unlink()
             raise Fault(f"{file}: is truncated or damaged; run the same command: it is made again")
         out[:] = pixels
 
