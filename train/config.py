@@ -192,7 +192,7 @@ def load(path: Path | None, overrides: Sequence[str] = ()) -> Config:
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:
-            faults.append(f"{override}: expected key=value, such as training.steps=20000")
+            faults.append(f"{override[:300]}: expected key=value, such as training.steps=20000")
             continue
         try:
             branch = _parse(text)
@@ -330,7 +330,7 @@ def _build(kind: type, tree: Any, key: str, faults: list[str]) -> Any:
         if name not in hints:
             near = difflib.get_close_matches(str(name), hints, n=1, cutoff=0.5)
             advice = f"did you mean {key}{near[0]}?" if near else f"known keys: {', '.join(hints)}"
-            faults.append(f"{key}{name}: unknown key (value {_shown(tree[name])}); {advice}")
+            faults.append(f"{key}{str(name)[:80]}: unknown key (value {_shown(tree[name])}); {advice}")
     for f in dataclasses.fields(kind):
         name = _yaml_key(f)
         if name in tree:
@@ -435,7 +435,7 @@ def _contradictions(config: Config) -> Iterator[str]:
             known = ", ".join(sorted(topics))
             yield f"data.max_age_ms.{topic}: no camera, state or action uses this topic; known: {known}"
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", config.training.device):
-        yield f"training.device: expected auto, cpu, cuda or cuda:N, found {config.training.device!r}"
+        yield f"training.device: expected auto, cpu, cuda or cuda:N, found {_shown(config.training.device)}"
 
 
 if __name__ == "__main__":
