@@ -37,6 +37,14 @@ def write_json(path: Path, content: Any, indent: int = 2) -> None:
     write_whole(path, json.dumps(content, indent=indent) + "\n")
 
 
+def read_json(path: Path) -> Any:
+    """A tree of JSON. Raises OSError, or ValueError for what is none."""
+    try:
+        return json.loads(path.read_text())
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+
+
 def fsync(path: Path) -> None:
     """Flush a file or a folder to the disk: a rename must not outlive its content in a power failure."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -8,7 +8,6 @@ state.npy, action.npy, and for each camera NAME.jpegs (its pictures at the train
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 import sys
 from collections.abc import Collection
@@ -22,7 +21,7 @@ from config import Config, Data
 from dataset.batches import Dataset, Frames, Split
 from dataset.build import build_all, cache_folder, cache_of_this_code, size
 from faults import Fault, NoRoom
-from files import digest, remove_abandoned, sha256
+from files import digest, read_json, remove_abandoned, sha256
 from recordings.azure_blob import local_folder
 from recordings.bags import find_bags
 
@@ -156,7 +155,7 @@ def _load(folder: Path, data: Data) -> Cached | None:
     if not folder.exists():
         return None
     try:
-        meta = json.loads((folder / "meta.json").read_text())
+        meta = read_json(folder / "meta.json")
         if meta.pop("sha256") != digest(meta):
             raise ValueError("meta.json is not what was written")
         if changed := [name for name, sha in meta["arrays"].items() if sha256(folder / name) != sha]:

@@ -79,5 +79,5 @@ def _lines_until(step: int, log: Path) -> Iterator[str]:
         try:
             if json.loads(line)["step"] <= step:
                 yield line + "\n"
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, RecursionError):
             continue

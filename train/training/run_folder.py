@@ -5,7 +5,6 @@ PYTHONPATH=train python -m training.run_folder outputs/train-rosbag-act     # pr
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import sys
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from faults import Fault
-from files import LOCK, digest, locked, sha256
+from files import LOCK, digest, locked, read_json, sha256
 
 RESUME = "training_state/resume.json"  # written last; has the size and the SHA-256 of all other files, and of itself
 
@@ -91,7 +90,7 @@ def damaged(checkpoint: Path) -> str:
 
 def read_resume(checkpoint: Path) -> dict[str, Any]:
     """The content of a checkpoint's resume.json. Raises OSError, or ValueError if it is not what was written."""
-    tree = json.loads((checkpoint / RESUME).read_text())
+    tree = read_json(checkpoint / RESUME)
     kinds = {"step": int, "validation_l1": float | None, "settings": dict, "files": dict}
     if not isinstance(tree, dict) or not all(isinstance(tree.get(key), kind) for key, kind in kinds.items()):
         raise ValueError(f"expected {', '.join(kinds)}")
