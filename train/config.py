@@ -25,6 +25,8 @@ from blob_url import BlobUrl, is_url
 from faults import Fault
 
 ROOT = Path(__file__).resolve().parent.parent
+Part = tuple[float, float, float, float]  # of a picture: top, left, height, width, in fractions
+WHOLE: Part = (0.0, 0.0, 1.0, 1.0)
 LONGEST, DEEPEST = 65_536, 20  # characters of a configuration, levels of it
 SHORT = reprlib.Repr()
 SHORT.maxlevel, SHORT.maxlist, SHORT.maxdict = 3, 20, 20
@@ -82,7 +84,7 @@ class Data:
         {"color": "/camera/color/image_raw"},
         "name: topic of each camera (Image, CompressedImage, H.264 or H.265 video); `{}` trains on the state alone",
     )
-    crop: dict[str, tuple[float, float, float, float]] = setting(
+    crop: dict[str, Part] = setting(
         {}, "camera: [top, left, height, width], the part of its picture to use, in fractions; default: all", least=0
     )
     state: tuple[Signal, ...] = setting((Signal("/joint_states", UR10E_JOINTS),), "the robot's readings to train on")
@@ -95,9 +97,9 @@ class Data:
     )
     on_bad_bag: Literal["fail", "skip"] = setting("fail", "at a faulty recording: `fail`, or `skip` it (exit code 3)")
 
-    def part_of(self, camera: str) -> tuple[float, float, float, float]:
-        """The part of a camera's picture that is used: top, left, height, width, in fractions."""
-        return self.crop.get(camera, (0.0, 0.0, 1.0, 1.0))
+    def part_of(self, camera: str) -> Part:
+        """The part of a camera's picture that is used."""
+        return self.crop.get(camera, WHOLE)
 
     @property
     def commands(self) -> tuple[Signal, ...]:

@@ -90,6 +90,11 @@ WORDS = (
 )
 
 
+def too_long(*_: object) -> None:
+    """What an alarm does."""
+    raise TimeoutError(f"more than {LIMIT_S} s")
+
+
 class Promise:
     """How often a promise was tried, and what broke it."""
 
@@ -100,7 +105,7 @@ class Promise:
     def attempt(self, what: str) -> Iterator[None]:
         """One attempt, which may end in a Fault; anything else, or more than LIMIT_S, breaks the promise."""
         self.tried += 1
-        signal.signal(signal.SIGALRM, lambda *_: (_ for _ in ()).throw(TimeoutError(f"more than {LIMIT_S} s")))
+        signal.signal(signal.SIGALRM, too_long)
         signal.alarm(LIMIT_S)
         try:
             with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
@@ -122,7 +127,8 @@ def truth(run: Path) -> str:
     log = [
         {key: value for key, value in line.items() if key not in ("steps_per_s", "waiting_for_data")} for line in lines
     ]
-    names = sorted(str(path.relative_to(run)) for path in files_of(run) if path.parts[len(run.parts)][0] in "bc.")
+    ours = [path.relative_to(run) for path in files_of(run)]
+    names = sorted(str(path) for path in ours if path.parts[0] not in ("tensorboard", "evaluation"))
     return digest({"sums": sums, "log": log, "names": names, "best": (run / "best.json").read_text()})
 
 
@@ -130,7 +136,7 @@ def damaged(content: bytes, other: bytes, rng: random.Random) -> list[bytes]:
     """A file with a flipped bit, cut, with the content of another, and, if it is JSON, other JSON."""
     at = rng.randrange(len(content))
     flipped = content[:at] + bytes([content[at] ^ 1 << rng.randrange(8)]) + content[at + 1 :]
-    return [flipped, content[: at + 1][:-1], other, *(OTHER_JSON if content[:1] in b"{[" else ())]
+    return [flipped, content[:at], other, *(OTHER_JSON if content[:1] in b"{[" else ())]
 
 
 def damage(folder: Path, rng: random.Random) -> Iterator[Promise]:

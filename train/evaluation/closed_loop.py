@@ -21,6 +21,7 @@ import cv2
 import numpy as np
 import torch
 
+from config import WHOLE
 from evaluation.simulated_arm import (
     CAMERA_TOPIC,
     COMMAND_TOPIC,
@@ -38,7 +39,7 @@ from evaluation.simulated_arm import (
 from faults import Fault
 from files import write_json, write_whole
 from policy.pretrained import Pretrained
-from recordings.images import WHOLE, view
+from recordings.images import view
 
 TRIAL_S = 4.0
 TOLERANCES = (0.05, 0.04, 0.03)  # of the flange from its goal over the disc

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from config import WHOLE, Part
 from faults import printable
-from recordings.images import WHOLE, Part
 
 FORMAT = 2
 

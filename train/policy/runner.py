@@ -24,10 +24,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from config import WHOLE
 from faults import Fault
 from policy import pretrained
 from policy.pretrained import Pretrained
-from recordings.images import WHOLE, view
+from recordings.images import view
 
 UNKNOWN = "unknown"  # for LeRobot's own checkpoints
 

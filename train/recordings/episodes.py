@@ -14,10 +14,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from config import Data, Signal
+from config import Data, Part, Signal
 from faults import Fault
 from recordings.bags import Bag, Message, read_messages
-from recordings.images import Part, encode, jpeg_at_size, view
+from recordings.images import encode, jpeg_at_size, view
 from recordings.plausibility import Ticks, bunches, echo_age, jumps, period_ns
 from recordings.signals import Series, Source, read_series
 from recordings.video import Video, codec, rgb

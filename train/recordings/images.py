@@ -13,6 +13,7 @@ from typing import Any
 import cv2
 import numpy as np
 
+from config import WHOLE, Part
 from faults import Fault
 
 CHANNELS = {"rgb8": 3, "bgr8": 3, "8UC3": 3, "rgba8": 4, "bgra8": 4, "mono8": 1, "8UC1": 1}
@@ -42,8 +43,6 @@ AS_IT_IS = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
 # used for their bit; AS_IT_IS gives the color
 REDUCED = {8: cv2.IMREAD_REDUCED_GRAYSCALE_8, 4: cv2.IMREAD_REDUCED_GRAYSCALE_4, 2: cv2.IMREAD_REDUCED_GRAYSCALE_2}
 DEPTH = ("16UC1", "32FC1", "mono16", "compressedDepth", "rvl")
-Part = tuple[float, float, float, float]  # of a picture: top, left, height, width, in fractions
-WHOLE: Part = (0.0, 0.0, 1.0, 1.0)
 QUALITY = 95  # of the cache's pictures
 PNG, BIT_DEPTH = b"\x89PNG\r\n\x1a\n", 24  # the byte of a PNG with its bits per channel
 

@@ -119,7 +119,8 @@ def _unpack(packing: str, packed: bytes, size: int, at: int) -> bytes:
     if packing not in ("", "none", *UNPACKERS):
         raise Unreadable(f"chunks compressed by {packing!r}", "compress it with zstd or lz4 (`mcap compress`)")
     if size > LARGEST:
-        raise _damage(at, f"a chunk declared to have {size} bytes; expected at most {LARGEST}")
+        what = f"a chunk at byte {at} has {size} bytes, unpacked; expected at most {LARGEST}"
+        raise Unreadable(what, "record it with smaller chunks, or remove it")
     try:
         raw = unpacked(packing, packed, size) if packing in UNPACKERS else packed
     except Exception as error:  # each library has its own

@@ -33,7 +33,7 @@ from writing import (
     write,
 )
 
-from config import Signal
+from config import Part, Signal
 from faults import Fault
 from recordings import images
 from recordings.bags import Bag, find_bags, read_messages
@@ -354,7 +354,7 @@ def test_a_jpeg_decoded_at_a_fraction_of_its_size_is_the_same_picture(size: tupl
         ((0.99, 0.0, 0.001, 1.0), (32, 32), 0.0),  # at least a row
     ],
 )
-def test_a_part_of_a_picture_is_the_same_by_any_way(part: images.Part, size: tuple[int, int], off: float) -> None:
+def test_a_part_of_a_picture_is_the_same_by_any_way(part: Part, size: tuple[int, int], off: float) -> None:
     message = jpeg(START, cv2.resize(picture(3), (640, 480)))
     whole = images.to_rgb(message)
     (top, bottom), (left, right) = images.edges((480, 640), part)

@@ -74,10 +74,11 @@ class Log:
 
 
 def _lines_until(step: int, log: Path) -> Iterator[str]:
-    """The lines of a log up to a step: later steps will be repeated. A line that is cut or damaged is dropped."""
-    for line in log.read_text(errors="replace").splitlines() if log.exists() else []:
+    """The lines of a log up to a step: later steps will be repeated. One that is cut or damaged is dropped, and said."""
+    lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+    for number, line in enumerate(lines, 1):
         try:
             if json.loads(line)["step"] <= step:
                 yield line + "\n"
         except (ValueError, TypeError, KeyError, RecursionError):
-            continue
+            print(f"{log}: line {number} is cut or damaged; it is dropped")
