@@ -72,8 +72,9 @@ class Policy:
         """From a checkpoint or a pretrained_model folder, ours or of LeRobot >= 0.4.0.
 
         `ensemble` is the coefficient of temporal ensembling (0.01 in the paper), by default that of config.json; without
-        it the robot executes `n_action_steps` of each chunk, by default those of config.json. The other keyword arguments say what the robot has. Give `action_as`
-        to get targets from a policy of deltas, or deltas from one of targets. Raises Fault with everything that differs.
+        it the robot executes `n_action_steps` of each chunk, by default those of config.json. The other keyword arguments
+        say what the robot has. Give `action_as` to get targets from a policy of deltas, or deltas from one of targets.
+        Raises Fault with everything that differs.
         """
         loaded = pretrained.load(Path(path), device)
         if n_action_steps is not None:
