@@ -100,7 +100,7 @@ def test_a_process_that_is_killed_ends_the_other(tmp_path: Path, victim: int) ->
 def test_a_fault_of_one_ends_the_other_with_its_reason(tmp_path: Path) -> None:
     path = tiny(recorded(tmp_path), *SETTINGS, "training.steps=4000")
     run("--config", path, "--dry-run")
-    process = start("--config", path, "training.save_every=2", "training.keep_checkpoints=100")
+    process = start("--config", path, "training.save_every=2", "training.keep_checkpoints=20")
     wait_for(tmp_path / "run/checkpoint_000004", process)
     for frames in (tmp_path / "cache").rglob("color.jpegs"):
         os.truncate(frames, 0)
