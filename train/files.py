@@ -107,9 +107,9 @@ def building(parent: Path) -> Iterator[Path]:
 
 def remove_abandoned(parent: Path) -> None:
     """Remove the folders in `parent` that killed processes were building. Without any, `parent` may be read-only."""
-    folders = [path for path in parent.glob(f"{BUILDING}*") if path.is_dir()]
-    with locked(parent / LOCK) if folders else nullcontext():
-        for folder in folders:
+    names = {path.name.removesuffix(LOCK) for path in parent.glob(f"{BUILDING}*")}
+    with locked(parent / LOCK) if names else nullcontext():
+        for folder in (parent / name for name in names):
             lock = folder.with_name(folder.name + LOCK)
             try:
                 with locked(lock, wait=False):

@@ -17,7 +17,7 @@ from config import Config
 from dataset.batches import Dataset
 from evaluation.errors import METHODS, Judgement, measure, seconds_to_measure, summary, warning
 from faults import Fault, Stopped
-from files import write_json, write_whole
+from files import LOCK, locked, write_json, write_whole
 from page import BLACK, BLUE, GREEN, GREY, ORANGE, PALE_BLUE, PINK, UNIT, cards, chart, document, section, table
 from policy import pretrained
 from training.run_folder import best_checkpoint
@@ -35,12 +35,14 @@ CHUNKS = 12  # of an episode to draw, at most
 
 def judge(checkpoint: Path, folder: Path, config: Config, dataset: Dataset, device: str) -> tuple[dict[str, Any], str]:
     """Judge a checkpoint by dataset.validation and write the result into a folder; the figures, and where the page is."""
-    judgement = measure(pretrained.load(checkpoint, device), config, dataset.validation)
-    figures = summary(checkpoint.name, judgement)
-    write_json(folder / "evaluation.json", figures, indent=1)
-    if not find_spec("matplotlib"):
-        return figures, f"figures: {folder}/evaluation.json; for the page, pip install matplotlib"
-    write_whole(folder / "report.html", page(checkpoint, judgement, figures))
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder / LOCK):  # the training and a person may judge the same one
+        judgement = measure(pretrained.load(checkpoint, device), config, dataset.validation)
+        figures = summary(checkpoint.name, judgement)
+        write_json(folder / "evaluation.json", figures, indent=1)
+        if not find_spec("matplotlib"):
+            return figures, f"figures: {folder}/evaluation.json; for the page, pip install matplotlib"
+        write_whole(folder / "report.html", page(checkpoint, judgement, figures))
     return figures, f"page: {folder}/report.html"
 
 

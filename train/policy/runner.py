@@ -15,6 +15,7 @@ Needs only torch, numpy, safetensors, cv2 and yaml.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,12 +26,14 @@ import torch
 from torch import Tensor
 
 from config import WHOLE
+from dataset.normalize import EPS
 from faults import Fault
 from policy import pretrained
 from policy.pretrained import Pretrained
 from recordings.images import view
 
 UNKNOWN = "unknown"  # for LeRobot's own checkpoints
+FAR = 10  # standard deviations from the mean of training: degrees for radians are farther
 
 
 class Policy:
@@ -53,6 +56,8 @@ class Policy:
         # index in the state of each action's joint, to turn targets into deltas or deltas into targets
         self._joints: list[int] | None = None
         ensemble = policy.ensemble if ensemble is None else ensemble
+        self._seen = [moment.cpu().numpy() for moment in policy.normalizer.state]  # mean and standard deviation
+        self._far: set[int] = set()  # the numbers of the state that were warned of
         self.ensembler = None if ensemble is None else Ensembler(ensemble, policy.config.chunk_size)
         self.reset()
 
@@ -199,7 +204,21 @@ class Policy:
             faults.append(
                 f"observation: state of {name} is {numbers[i]}; expected a finite number; is its driver running?"
             )
+        if not faults:
+            self._warn_of_far(numbers)
         return numbers
+
+    def _warn_of_far(self, state: np.ndarray) -> None:
+        """Warn once of each number that is far outside of what training saw; the policy acts all the same."""
+        distances = np.abs(state - self._seen[0]) / (self._seen[1] + EPS)
+        for i in set(np.flatnonzero(distances > FAR).tolist()) - self._far:
+            self._far.add(i)
+            name = self.state_names[i] if self.state_names else f"number {i}"
+            warnings.warn(
+                f"state of {name} is {state[i]:g}, {distances[i]:.0f} standard deviations from its mean in training, "
+                f"{self._seen[0][i]:g}; expected below {FAR}; has the robot the units and zeros of the recordings?",
+                stacklevel=4,
+            )
 
     def _picture_fault(self, camera: str, picture: np.ndarray) -> str:
         if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3 or 0 in picture.shape:

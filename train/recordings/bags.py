@@ -22,6 +22,7 @@ from recordings.storage import LARGEST, ZSTD_MAGIC, Connection, Storage, Unreada
 YAML = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's is ten times as fast
 STORAGES = (".mcap", ".db3", ".bag")
 COPYING = (".part", ".tmp", ".partial", ".filepart", ".crdownload")  # as those who copy name what is not whole
+LONGEST_DEFINITION = 200_000  # characters; the longest of ROS itself has 4,000
 MOST_PACKED = 200  # times that a recording may be compressed
 PACKED = (".zstd", ".zst")  # as rosbag2 and as zstd name them
 REMEDIES = {".mcap": "`mcap recover`", ".db3": "`sqlite3 FILE .recover`", ".bag": "`rosbag reindex`"}
@@ -267,7 +268,8 @@ def decoder(file: Path, connection: Connection) -> Callable[[bytes], Any]:
             if connection.encoding not in ("ros2msg", "ros2idl", "omgidl", "ros1msg"):
                 raise ValueError("the bag has no definition of it")
             is_idl = connection.encoding.endswith("idl")
-            text = connection.definition
+            if len(text := connection.definition) > LONGEST_DEFINITION:
+                raise ValueError(f"its definition has {len(text)} characters, expected at most {LONGEST_DEFINITION}")
             types = get_types_from_idl(text) if is_idl else get_types_from_msg(text, name)
             for key in types.keys() & store.fielddefs.keys() - FIXED_TYPES:  # types grow from release to release
                 del store.fielddefs[key], store.types[key]

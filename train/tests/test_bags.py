@@ -235,6 +235,13 @@ def test_old_type_names_unknown_types_and_two_types_of_one_topic(tmp_path: Path)
         read_series(only(file), [Signal(COMMAND, JOINTS)], [])
     assert all(word in str(caught.value) for word in (COMMAND, "my_msgs/msg/Arm", "no definition"))
 
+    longer = "encoded_message_definition = encoded_message_definition || printf('%300000s', '')"
+    in_sqlite(
+        file, f"UPDATE message_definitions SET topic_type = 'my_msgs/msg/Arm', {longer} WHERE topic_type LIKE '%State'"
+    )
+    with pytest.raises(Fault, match=r"its definition has 30\d{4} characters, expected at most 200000"):
+        read_series(only(file), [Signal(COMMAND, JOINTS)], [])
+
     messages = episode(0.3, camera=False)
     trigger = make("std_msgs/msg/Bool", data=True)
     messages += [(f"{STATE}2", "std_msgs/msg/Bool", messages[-1][2] + MS, trigger)]

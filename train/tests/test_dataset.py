@@ -185,6 +185,7 @@ def test_caches_of_killed_runs_and_of_older_code(
     load_dataset(config)
     (ours,) = (tmp_path / "cache").glob("reader-*")
     (ours / ".building-killed").mkdir()
+    (ours / ".building-renamed.lock").touch()  # killed between the rename and the removal of its lock
     with building(ours) as alive:
         load_dataset(config)
         assert [path for path in ours.glob(".building-*") if path.is_dir()] == [alive]

@@ -5,7 +5,9 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +27,9 @@ from dataset.batches import Dataset
 from dataset.cache import load_dataset
 from evaluation import report
 from evaluation.errors import warning
+from evaluation.report import judge
 from faults import Stopped
+from files import LOCK, locked
 from policy import pretrained
 from training.run import Run
 
@@ -226,6 +230,19 @@ def test_what_cannot_be_judged_gets_one_line(run: Trained, tmp_path: Path, comma
     assert "config.yaml: data.fps is 10.0, the policy's is 20.0; expected the configuration" in other
     robot.unlink()
     assert "robot.json" in command(tmp_path / "run/checkpoint_000010").err
+
+
+def test_two_judgements_of_one_checkpoint_wait_for_each_other(run: Trained, capfd: pytest.CaptureFixture[str]) -> None:
+    folder, said = run.folder / "run/evaluation/two", ""
+    folder.mkdir(parents=True)
+    with ThreadPoolExecutor() as pool:
+        with locked(folder / LOCK):
+            judging = pool.submit(judge, run.checkpoint, folder, run.config, run.data, "cpu")
+            while "waiting for process" not in said and not judging.done():
+                time.sleep(0.01)
+                said += capfd.readouterr().err
+            assert not any(folder.glob("*.json"))
+        assert Path(judging.result()[1].removeprefix("page: ")).exists()
 
 
 def test_the_best_checkpoint_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -192,9 +193,18 @@ def test_a_policy_refuses_another_robot(trained_once: Path, tmp_path: Path) -> N
         assert converting.action_as == other
     switched = trained(tiny(recorded(tmp_path / "c"), commands.replace("[a, b, c]", "[c, b, a]"), "training.steps=1"))
     plain, converting = Policy.load(switched), Policy.load(switched, action_as="delta")
-    state = np.array([1.0, 2.0, 3.0], np.float32)
+    state = np.array([1.0, 2.0, 2.5], np.float32)
     moved = plain.act(observation(state=state)) - converting.act(observation(state=state))
-    np.testing.assert_allclose(moved, [3, 2, 1], atol=1e-6, err_msg="by name")
+    np.testing.assert_allclose(moved, [2.5, 2, 1], atol=1e-6, err_msg="by name")
+
+
+def test_a_joint_far_from_all_of_training_is_a_warning_once(trained_once: Path) -> None:
+    policy, degrees = Policy.load(trained_once), observation(state=np.array([0.1, -40, 0.3]))
+    with pytest.warns(UserWarning, match=r"state of b is -40, \d\d standard deviations from its mean in training"):
+        assert np.isfinite(policy.act(degrees)).all()
+    with warnings.catch_warnings(action="error"):
+        policy.act(degrees)
+        Policy.load(trained_once).act(observation(state=np.array([1, -1, 1])))
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,6 +33,8 @@ class Log:
             from torch.utils.tensorboard import SummaryWriter
 
             self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+            # its thread raises such an error in the loop, too
+            threading.excepthook = lambda e: None if isinstance(e.exc_value, OSError) else threading.__excepthook__(e)
 
     def waiting(self, source: Iterator[Batch]) -> Iterator[Batch]:
         """The batches; counts the time that the loop waits for them."""
@@ -57,20 +61,25 @@ class Log:
         return rates
 
     def line(self, step: int, figures: dict[str, float]) -> None:
-        if self.file:
-            try:
+        with self._or_fault():
+            if self.file:
                 self.file.write(json.dumps({"step": step, **figures}) + "\n")
-            except OSError as error:
-                advice = "free some space, and run the same command to resume"
-                raise Fault(f"{self.file.name}: cannot write ({error.strerror}); {advice}") from None
-        for name, value in figures.items() if self.board else ():
-            self.board.add_scalar(name, value, step)
+            for name, value in figures.items() if self.board else ():
+                self.board.add_scalar(name, value, step)
 
     def close(self) -> None:
-        if self.file:
-            self.file.close()
-        if self.board:
-            self.board.close()
+        with self._or_fault():
+            for each in filter(None, (self.file, self.board)):
+                each.close()
+
+    @contextmanager
+    def _or_fault(self) -> Iterator[None]:
+        """A log that cannot be written ends the run: its next checkpoint could not be, either."""
+        try:
+            yield
+        except OSError as error:
+            place = os.fsdecode(error.filename or (self.file.name if self.file else "log"))
+            raise Fault(f"{place}: cannot write ({error.strerror}); free some space, then run it again") from None
 
 
 def _lines_until(step: int, log: Path) -> Iterator[str]:

@@ -9,7 +9,7 @@ import math
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,8 @@ def held(run: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            (run / LOCK).unlink(missing_ok=True)
+            with suppress(OSError):  # a lock without an owner is free
+                (run / LOCK).unlink()
 
 
 def checkpoint_name(step: int) -> str:
