@@ -57,10 +57,11 @@ def main() -> None:
     rng, place, kills = random.Random(options.seed), Path(tempfile.gettempdir()), options.kills
     # those that fork come first: a process that has computed cannot
     every: dict[str, Callable[[], Promise | Iterable[Promise]]] = {
-        "kills": lambda: runs.kills(place / "kills", kills, rng, *runs.SMALL),
-        "kills-whole": lambda: runs.kills(place / "kills-whole", -(-kills // 10), rng, *runs.WHOLE),
-        "disk": lambda: runs.disk_faults(place / "disk", max(10, kills // 5), rng, *runs.SMALL),
-        "disk-whole": lambda: runs.disk_faults(place / "disk-whole", -(-kills // 50), rng, *runs.WHOLE),
+        "kills": lambda: runs.kills(place / "kills", kills, rng, runs.SMALL),
+        "kills-whole": lambda: runs.kills(place / "kills-whole", -(-kills // 10), rng, runs.WHOLE, ", judged"),
+        "disk": lambda: runs.disk_faults(place / "disk", max(10, kills // 5), rng, runs.SMALL),
+        "disk-whole": lambda: runs.disk_faults(place / "disk-whole", -(-kills // 50), rng, runs.WHOLE, ", judged"),
+        "mirror": lambda: runs.kills_of_a_mirror(place / "mirror", -(-kills // 5), rng),
         "twice": lambda: runs.twice_at_once(place / "twice", max(3, kills // 15), rng),
         "ctrl-c": lambda: runs.interrupts(place / "ctrl-c", max(4, kills // 15), rng),
         "torchrun": lambda: runs.one_of_two_processes(place / "torchrun", max(2, kills * 2 // 15), rng),

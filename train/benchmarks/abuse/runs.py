@@ -22,6 +22,8 @@ from multiprocessing.context import ForkProcess
 from pathlib import Path
 
 from abuse.promise import Promise
+from azure.storage.blob import ContainerClient
+from azurite import ACCOUNT, Azurite
 from test_dataset import recorded
 from test_train import logged, tiny
 
@@ -39,6 +41,8 @@ WHOLE = ("training.save_every=6",)
 KILL_BEFORE, KILL_HALF_WAY = -1, -2  # as in disk.c
 FORK = multiprocessing.get_context("fork")
 VARIES = ("tensorboard", "evaluation")  # hold times
+# of the cache: locks of the living; and the time of a copy of a recording, which is in its entry and in the name of that
+UNLIKE, HASH = re.compile(r"^\.(?!building).*lock$|^meta.json$"), re.compile(r"-[0-9a-f]{24}/")
 
 
 def truth(folder: Path, steps: int = STEPS) -> dict[str, str]:
@@ -46,8 +50,8 @@ def truth(folder: Path, steps: int = STEPS) -> dict[str, str]:
     run, cache = folder / "run", folder / "cache"
     ours = [path.relative_to(run) for path in files_of(run) if path.relative_to(run).parts[0] not in VARIES]
     same = [path for path in files_of(run / checkpoint_name(steps)) if path.suffix == ".safetensors"]
-    same += [path for path in files_of(cache) if path.name != ".lock"]
-    found = {str(path.relative_to(folder)): sha256(path) for path in (*same, run / "best.json")}
+    same += [path for path in files_of(cache) if not UNLIKE.search(path.name)]
+    found = {HASH.sub("/", str(path.relative_to(folder))): sha256(path) for path in (*same, run / "best.json")}
     return found | {"log": digest({"log": logged(run)}), "files": " ".join(map(str, ours))}
 
 
@@ -76,7 +80,6 @@ class Runs:
 
     def __init__(self, folder: Path, *overrides: str) -> None:
         self.small = SMALL[0] in overrides
-        self.kind = "" if self.small else ", with camera and judging"
         self.folder, self.said = folder, folder.with_name(f"{folder.name}.txt")
         self.path = tiny(recorded(folder, 3), *SETTINGS, *overrides)
 
@@ -145,10 +148,10 @@ def whole_run(folder: Path, *overrides: str) -> tuple[Runs, dict[str, str], floa
     return runs, *runs.whole()
 
 
-def kills(folder: Path, count: int, rng: random.Random, *overrides: str) -> Promise:
+def kills(folder: Path, count: int, rng: random.Random, overrides: tuple[str, ...], kind: str = "") -> Promise:
     """Killed up to five times in a row, at a random moment or before or half-way through a file operation."""
     runs, expected, seconds, operations = whole_run(folder, *overrides)
-    promise = Promise(f"killed in chains, run again{runs.kind}")
+    promise = Promise(f"killed in chains, run again{kind}")
     while promise.tried < count:
         runs.forget()
         chain = min(rng.randint(1, 5), count - promise.tried)
@@ -162,10 +165,10 @@ def kills(folder: Path, count: int, rng: random.Random, *overrides: str) -> Prom
     return promise
 
 
-def disk_faults(folder: Path, count: int, rng: random.Random, *overrides: str) -> Promise:
+def disk_faults(folder: Path, count: int, rng: random.Random, overrides: tuple[str, ...], kind: str = "") -> Promise:
     """A full disk, an error of the device once, or a permission that is lost."""
     runs, expected, _, operations = whole_run(folder, *overrides)
-    promise = Promise(f"file operation fails, run again{runs.kind}")
+    promise = Promise(f"file operation fails, run again{kind}")
     for _ in range(count):
         runs.forget()
         error = rng.choice((errno.ENOSPC, errno.EIO, errno.EACCES))
@@ -175,6 +178,22 @@ def disk_faults(folder: Path, count: int, rng: random.Random, *overrides: str) -
         wrong = runs.unclear(process, (0, 1))
         promise.judge(f"{errno.errorcode[error]} at operation {number}", wrong or runs.finish(expected))
     return promise
+
+
+def kills_of_a_mirror(folder: Path, count: int, rng: random.Random) -> Promise:
+    """Killed in chains; each chain begins with no copy of the recordings, which lie in Azure's emulator."""
+    emulator, bags = Azurite(folder / "emulator"), recorded(folder / "blobs") / "bags"
+    address = f"http://127.0.0.1:{emulator.port}/{ACCOUNT}"
+    os.environ |= {"AZURE_STORAGE_KEY": emulator.key, "NO_PROXY": "127.0.0.1"}
+    try:
+        with ContainerClient(address, "bags", credential=emulator.key) as container:
+            container.create_container()
+            for file in files_of(bags):
+                container.upload_blob(f"day/{file.relative_to(bags)}", file.read_bytes())
+        overrides = (*SMALL, f"data.bag_dir={address}/bags/day/", "training.steps=3")
+        return kills(folder / "runs", count, rng, overrides, ", from Azure Blob")
+    finally:
+        emulator.stop()
 
 
 def interrupts(folder: Path, count: int, rng: random.Random) -> Promise:
