@@ -128,13 +128,9 @@ class Runs:
     def unclear(self, process: ForkProcess, codes: tuple[int, ...]) -> str:
         """What is wrong with how a process ended: another exit code, a traceback, or an error without a place."""
         said = self.said.read_text()
-        if process.exitcode not in codes or "Traceback" in said:
-            return f"exit code {process.exitcode}: {said[-300:]}"
-        return (
-            ""
-            if process.exitcode != 1 or re.search(r"^error: \S+: ", said, re.MULTILINE)
-            else f"no place: {said[-300:]}"
-        )
+        placed = process.exitcode != 1 or re.search(r"^error: \S+: ", said, re.MULTILINE)
+        right = process.exitcode in codes and "Traceback" not in said and placed
+        return "" if right else f"exit code {process.exitcode}: {said[-300:]}"
 
     def last_words(self) -> str:
         lines = self.said.read_text().splitlines()
@@ -154,14 +150,17 @@ def kills(folder: Path, count: int, rng: random.Random, overrides: tuple[str, ..
     promise = Promise(f"killed in chains, run again{kind}")
     while promise.tried < count:
         runs.forget()
-        chain = min(rng.randint(1, 5), count - promise.tried)
-        for _ in range(chain):
+        killed = 0
+        for _ in range(rng.randint(1, 5)):
             how = rng.choice((None, KILL_BEFORE, KILL_HALF_WAY))
             process = runs.start() if how is None else runs.start(rng.randint(1, operations), how)
             process.join(rng.uniform(0.1, 1) * seconds if how is None else None)
             process.kill()
             process.join()
-        promise.judge_all(chain, f"a chain of {chain}", runs.finish(expected))
+            if process.exitcode != -signal.SIGKILL:  # it was done before
+                break
+            killed += 1
+        promise.judge_all(killed, f"a chain of {killed}", runs.finish(expected))
     return promise
 
 
