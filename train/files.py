@@ -26,10 +26,14 @@ def write_whole(path: Path, content: str | bytes) -> None:
     """Write a file under a temporary name, fsync it and rename it; its folder is created. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-    fsync(temporary)
-    temporary.rename(path)
-    fsync(path.parent)
+    try:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        fsync(temporary)
+        temporary.rename(path)
+        fsync(path.parent)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a write does not name its file
+        raise
 
 
 def write_json(path: Path, content: Any, indent: int = 2) -> None:
@@ -67,7 +71,8 @@ def digest(tree: dict[str, Any]) -> str:
 
 @contextmanager
 def locked(lock: Path, wait: bool = True) -> Iterator[None]:
-    """Hold a lock file alone among processes; a dead owner's lock is free. Waits for another owner, or raises Fault."""
+    """Hold a lock file, its folder made, alone among processes. A dead owner's is free. Waits for a living one, or raises Fault."""
+    lock.parent.mkdir(parents=True, exist_ok=True)
     with lock.open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

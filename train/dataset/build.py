@@ -161,7 +161,6 @@ def _build(bag: Bag, data: Data, folder: Path, decoders: int, report: Report) ->
         report(int(share * (total - first)))
 
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
         with building(folder.parent) as unfinished:
             _write(bag, recording, hashes.result(), data, unfinished, decoders, report_share)
             unfinished.chmod(0o755)

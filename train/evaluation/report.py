@@ -35,7 +35,6 @@ CHUNKS = 12  # of an episode to draw, at most
 
 def judge(checkpoint: Path, folder: Path, config: Config, dataset: Dataset, device: str) -> tuple[dict[str, Any], str]:
     """Judge a checkpoint by dataset.validation and write the result into a folder; the figures, and where the page is."""
-    folder.mkdir(parents=True, exist_ok=True)
     with locked(folder / LOCK):  # the training and a person may judge the same one
         judgement = measure(pretrained.load(checkpoint, device), config, dataset.validation)
         figures = summary(checkpoint.name, judgement)

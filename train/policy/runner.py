@@ -57,6 +57,7 @@ class Policy:
         self._joints: list[int] | None = None
         ensemble = policy.ensemble if ensemble is None else ensemble
         self._seen = [moment.cpu().numpy() for moment in policy.normalizer.state]  # mean and standard deviation
+        self._named = self.state_names or [f"number {i}" for i in range(len(self._seen[0]))]
         self._far: set[int] = set()  # the numbers of the state that were warned of
         self.ensembler = None if ensemble is None else Ensembler(ensemble, policy.config.chunk_size)
         self.reset()
@@ -200,9 +201,8 @@ class Policy:
         with np.errstate(over="ignore"):
             numbers = numbers.astype(np.float32)
         for i in np.flatnonzero(~np.isfinite(numbers)):
-            name = self.state_names[i] if self.state_names else f"number {i}"
             faults.append(
-                f"observation: state of {name} is {numbers[i]}; expected a finite number; is its driver running?"
+                f"observation: state of {self._named[i]} is {numbers[i]}; expected a finite number; is its driver running?"
             )
         if not faults:
             self._warn_of_far(numbers)
@@ -213,9 +213,8 @@ class Policy:
         distances = np.abs(state - self._seen[0]) / (self._seen[1] + EPS)
         for i in set(np.flatnonzero(distances > FAR).tolist()) - self._far:
             self._far.add(i)
-            name = self.state_names[i] if self.state_names else f"number {i}"
             warnings.warn(
-                f"state of {name} is {state[i]:g}, {distances[i]:.0f} standard deviations from its mean in training, "
+                f"state of {self._named[i]} is {state[i]:g}, {distances[i]:.0f} standard deviations from its mean in training, "
                 f"{self._seen[0][i]:g}; expected below {FAR}; has the robot the units and zeros of the recordings?",
                 stacklevel=4,
             )

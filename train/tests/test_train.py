@@ -538,6 +538,14 @@ def test_a_full_disk(tmp_path: Path, full: str, size: str, words: list[str]) -> 
     assert ".tmp" not in done.stdout and ".building" not in done.stdout, "no partial file is left"
 
 
+def test_a_log_that_cannot_be_written_ends_the_run_with_its_place(tmp_path: Path) -> None:
+    path = tiny(recorded(tmp_path), "data.cameras={}")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/tensorboard").touch()
+    done = run("--config", path, check=False)
+    assert done.returncode == 1 and f"error: {tmp_path}/run/tensorboard: cannot write (" in done.stderr, done.stderr
+
+
 @pytest.mark.skipif(not SHARED.exists(), reason="the recordings of others are not here")
 @pytest.mark.parametrize(
     ("path", "state", "command", "names"),

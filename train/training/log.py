@@ -21,20 +21,22 @@ class Log:
     """The log of a run from a step on; one process writes it."""
 
     def __init__(self, folder: Path, step: int, writes: bool) -> None:
+        self.path = folder / "metrics.jsonl"
         self.file: TextIO | None = None
         self.board: Any = None
         self.step, self.since, self.waited = step, time.perf_counter(), 0.0
-        if not writes:
-            return
-        path = folder / "metrics.jsonl"
-        write_whole(path, "".join(_lines_until(step, path)))
-        self.file = path.open("a", buffering=1)
-        if find_spec("tensorboard"):
-            from torch.utils.tensorboard import SummaryWriter
+        with self._or_fault():
+            if writes:
+                write_whole(self.path, "".join(_lines_until(step, self.path)))
+                self.file = self.path.open("a", buffering=1)
+            if writes and find_spec("tensorboard"):
+                from torch.utils.tensorboard import SummaryWriter
 
-            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
-            # its thread raises such an error in the loop, too
-            threading.excepthook = lambda e: None if isinstance(e.exc_value, OSError) else threading.__excepthook__(e)
+                # its thread raises such an error in the loop, too
+                threading.excepthook = lambda e: (
+                    None if isinstance(e.exc_value, OSError) else threading.__excepthook__(e)
+                )
+                self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def waiting(self, source: Iterator[Batch]) -> Iterator[Batch]:
         """The batches; counts the time that the loop waits for them."""
@@ -78,7 +80,7 @@ class Log:
         try:
             yield
         except OSError as error:
-            place = os.fsdecode(error.filename or (self.file.name if self.file else "log"))
+            place = os.fsdecode(error.filename or self.path)
             raise Fault(f"{place}: cannot write ({error.strerror}); free some space, then run it again") from None
 
 

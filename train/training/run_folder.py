@@ -24,7 +24,6 @@ def held(run: Path) -> Iterator[None]:
     """Hold a run's folder, which is created: two runs would mix their checkpoints. Raises Fault."""
     with ExitStack() as stack:
         try:
-            run.mkdir(parents=True, exist_ok=True)
             stack.enter_context(locked(run / LOCK, wait=False))
         except Fault as fault:
             raise fault.at("output_dir") from None

@@ -40,6 +40,7 @@ SMALL = ("data.cameras={}",)  # 50 kB a checkpoint, not 130 MB; such runs are no
 WHOLE = ("training.save_every=6",)
 KILL_BEFORE, KILL_HALF_WAY = -1, -2  # as in disk.c
 FORK = multiprocessing.get_context("fork")
+CHECKPOINTS = "list of checkpoints"
 VARIES = ("tensorboard", "evaluation")  # hold times
 # of the cache: locks of the living; and the time of a copy of a recording, which is in its entry and in the name of that
 UNLIKE, HASH = re.compile(r"^\.(?!building).*lock$|^meta.json$"), re.compile(r"-[0-9a-f]{24}/")
@@ -48,16 +49,22 @@ UNLIKE, HASH = re.compile(r"^\.(?!building).*lock$|^meta.json$"), re.compile(r"-
 def truth(folder: Path, steps: int = STEPS) -> dict[str, str]:
     """Everything that must be the same: weights, optimizer, log, best, list of files, and the cache."""
     run, cache = folder / "run", folder / "cache"
-    ours = [path.relative_to(run) for path in files_of(run) if path.relative_to(run).parts[0] not in VARIES]
+    names = [path.relative_to(run) for path in files_of(run) if path.relative_to(run).parts[0] not in VARIES]
+    kept, others = (
+        " ".join(str(path) for path in names if path.parts[0].startswith("checkpoint_") == kind)
+        for kind in (True, False)
+    )
     same = [path for path in files_of(run / checkpoint_name(steps)) if path.suffix == ".safetensors"]
     same += [path for path in files_of(cache) if not UNLIKE.search(path.name)]
     found = {HASH.sub("/", str(path.relative_to(folder))): sha256(path) for path in (*same, run / "best.json")}
-    return found | {"log": digest({"log": logged(run)}), "files": " ".join(map(str, ours))}
+    return found | {"log": digest({"log": logged(run)}), CHECKPOINTS: kept, "other files": others}
 
 
-def differences(folder: Path, expected: dict[str, str], steps: int = STEPS) -> str:
-    """What is otherwise than it must be, in words; nothing if all is equal."""
-    found = truth(folder, steps)
+def differences(folder: Path, expected: dict[str, str], steps: int = STEPS, stopped: bool = False) -> str:
+    """What is otherwise than it must be, in words; nothing if all is equal. A run that was stopped has a checkpoint more."""
+    found, expected = truth(folder, steps), dict(expected)
+    if stopped:
+        expected[CHECKPOINTS] = found[CHECKPOINTS]
     return ", ".join(key for key in {**expected, **found} if found.get(key) != expected.get(key))
 
 
@@ -119,11 +126,13 @@ class Runs:
         self._run(self.said, (0, 0))
         counted.write_text(str(Disk().count()))
 
-    def finish(self, expected: dict[str, str]) -> str:
+    def finish(self, expected: dict[str, str], stopped: bool = False) -> str:
         """Run again to the end; what is otherwise then, in words."""
         process = self.start()
         process.join()
-        return differences(self.folder, expected) if process.exitcode == 0 else f"ended with: {self.last_words()}"
+        if process.exitcode:
+            return f"ended with: {self.last_words()}"
+        return differences(self.folder, expected, stopped=stopped)
 
     def unclear(self, process: ForkProcess, codes: tuple[int, ...]) -> str:
         """What is wrong with how a process ended: another exit code, a traceback, or an error without a place."""
@@ -208,7 +217,7 @@ def interrupts(folder: Path, count: int, rng: random.Random) -> Promise:
                 os.kill(process.pid, signal.SIGINT)
         process.join()
         wrong = runs.unclear(process, (0, 75, 130))
-        promise.judge(f"{1 + number % 2} times", wrong or runs.finish(expected))
+        promise.judge(f"{1 + number % 2} times", wrong or runs.finish(expected, process.exitcode == 75))
     return promise
 
 
