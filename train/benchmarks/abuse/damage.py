@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import random
 import shutil
 from collections.abc import Iterator
@@ -35,7 +36,8 @@ def damage(folder: Path, rng: random.Random) -> Iterator[Promise]:
     """Every file of a run's newest checkpoint, of its policy and of a cache, in each way."""
     folder.mkdir()
     path = tiny(recorded(folder, 3), f"training.steps={STEPS}")
-    trained(path)
+    with contextlib.redirect_stderr(io.StringIO()):
+        trained(path)
     run, cache = folder / "run", folder / "cache"
     expected, samples = truth(folder), _samples(path)
     shutil.copytree(run, folder / "intact")
