@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 from unittest import mock
@@ -538,6 +539,7 @@ def test_a_full_disk(tmp_path: Path, full: str, size: str, words: list[str]) -> 
     assert ".tmp" not in done.stdout and ".building" not in done.stdout, "no partial file is left"
 
 
+@pytest.mark.skipif(not find_spec("tensorboard"), reason="TensorBoard is not installed")
 def test_a_log_that_cannot_be_written_ends_the_run_with_its_place(tmp_path: Path) -> None:
     path = tiny(recorded(tmp_path), "data.cameras={}")
     (tmp_path / "run").mkdir()
