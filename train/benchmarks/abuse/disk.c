@@ -124,7 +124,7 @@ size_t fwrite(const void *data, size_t each, size_t size, FILE *file) {
     return result;
 }
 
-/* Opening has an optional third argument, and is written in three ways. */
+/* Opening has an optional third argument, and is written in four ways. */
 #define OPEN(name, parameters, arguments, descriptor)     \
     int name parameters {                                 \
         REAL(name);                                       \

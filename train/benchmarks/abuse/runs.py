@@ -211,16 +211,17 @@ def interrupts(folder: Path, count: int, rng: random.Random) -> Promise:
     """Ctrl-C, and every other time once more soon after."""
     promise = Promise("Ctrl-C once or twice, run again")
     runs, expected, seconds, _ = whole_run(folder, *SMALL)
-    for number in range(count):
+    while promise.tried < count:
         runs.forget()
-        process = runs.start()
-        for wait in (rng.uniform(0.1, 1) * seconds, rng.uniform(0, 0.2))[: 1 + number % 2]:
+        process, times = runs.start(), 1 + promise.tried % 2
+        for wait in (rng.uniform(0.1, 1) * seconds, rng.uniform(0, 0.2))[:times]:
             process.join(wait)
             if process.is_alive() and process.pid:
                 os.kill(process.pid, signal.SIGINT)
         process.join()
-        wrong = runs.unclear(process, (0, 75, 130))
-        promise.judge(f"{1 + number % 2} times", wrong or runs.finish(expected, process.exitcode == 75))
+        if process.exitcode:  # else it was done before
+            wrong = runs.unclear(process, (75, 130))
+            promise.judge(f"{times} times", wrong or runs.finish(expected, process.exitcode == 75))
     return promise
 
 
@@ -262,7 +263,7 @@ def one_of_two_processes(folder: Path, count: int, rng: random.Random) -> Promis
     while promise.tried < count:
         runs.forget()
         launched, victim, wrong = started(), rng.randrange(2), ""
-        while not (folder / "run/config.yaml").exists():  # both are in the group
+        while not (folder / "run/config.yaml").exists() and launched.poll() is None:  # both are in the group
             time.sleep(0.01)
         time.sleep(rng.uniform(0, 1.5))
         children = Path(f"/proc/{launched.pid}/task/{launched.pid}/children").read_text().split()
@@ -274,7 +275,9 @@ def one_of_two_processes(folder: Path, count: int, rng: random.Random) -> Promis
             launched.terminate()
             _, said = launched.communicate()
             wrong = "the other did not end within 60 s"
-        if launched.returncode and not re.search(r"process [01] of 2 ends: ", said):
+        if not launched.returncode:  # it was done before
+            continue
+        if not re.search(r"process [01] of 2 ends: ", said):
             wrong = wrong or f"no reason: {said[-300:]}"
         again = started()
         _, said = again.communicate()
