@@ -47,10 +47,17 @@ class Stopped(Exception):
     """The run was asked to stop and has saved its state."""
 
 
+def end(number: int, *_: object) -> None:
+    """End at a signal, and clean up half-written files; a second SIGTERM does not cut that off, a second Ctrl-C does."""
+    signal.signal(number, signal.SIG_IGN if number == signal.SIGTERM else signal.SIG_DFL)
+    raise SystemExit(AGAIN) if number == signal.SIGTERM else KeyboardInterrupt
+
+
 @contextmanager
 def exit_with_message() -> Iterator[None]:
     """End a command on a Fault, a full disk or a stop with a message and an exit code, not a traceback."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(AGAIN))  # runs the cleanup of half-written files
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, end)
     try:
         yield
     except Fault as fault:

@@ -103,11 +103,9 @@ def building(parent: Path) -> Iterator[Path]:
             folder = Path(tempfile.mkdtemp(prefix=BUILDING, dir=parent))
             lock = folder.with_name(folder.name + LOCK)
             stack.enter_context(locked(lock))
-        try:
-            yield folder
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-            lock.unlink(missing_ok=True)
+            stack.callback(lock.unlink, missing_ok=True)
+            stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        yield folder
 
 
 def remove_abandoned(parent: Path) -> None:

@@ -29,8 +29,8 @@ import numpy as np
 
 from config import Data, load, to_dict
 from cores import usable_cores
-from faults import Fault, NoRoom
-from files import BUILDING, building, digest, sha256
+from faults import Fault, NoRoom, end
+from files import BUILDING, building, digest, remove_abandoned, sha256
 from recordings.bags import Bag
 from recordings.episodes import Recording, read_frames, read_recording
 
@@ -49,8 +49,7 @@ def build_all(bags: list[Bag], folders: dict[str, Path], data: Data, report: Rep
         for bag in bags:
             yield build(bag, data, folders[bag.name], usable_cores(), report)
         return
-    cores = usable_cores()
-    count = min(cores, len(bags))
+    count = min(cores := usable_cores(), len(bags))
     idle: queue.SimpleQueue[subprocess.Popen[str]] = queue.SimpleQueue()
 
     def work(bag: Bag) -> tuple[str, ...]:
@@ -86,17 +85,10 @@ def _process(settings: str, decoders: int) -> Iterator[subprocess.Popen[str]]:
 def _ask(process: subprocess.Popen[str], bag: Bag, folder: Path, report: Report) -> tuple[str, ...]:
     """Let a process build a recording; its faults."""
     assert process.stdin and process.stdout
-    job = {
-        "name": bag.name,
-        "files": [str(file) for file in bag.files],
-        "declared": bag.declared,
-        "folder": str(folder),
-    }
-    try:
+    job = {"name": bag.name, "files": list(map(str, bag.files)), "declared": bag.declared, "folder": str(folder)}
+    with suppress(BrokenPipeError):  # of a process that has ended, see below
         process.stdin.write(json.dumps(job) + "\n")
         process.stdin.flush()
-    except BrokenPipeError:
-        pass  # it has ended, see below
     for line in process.stdout:
         answer = json.loads(line)
         if "done" in answer:
@@ -114,7 +106,7 @@ def _ask(process: subprocess.Popen[str], bag: Bag, folder: Path, report: Report)
 def main() -> None:
     """Build what standard input names, until it ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which stops this process
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # runs the cleanup
+    signal.signal(signal.SIGTERM, end)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     cv2.setNumThreads(1)  # the cores are shared by processes
@@ -125,17 +117,21 @@ def main() -> None:
             print(json.dumps(content), flush=True)
         except BrokenPipeError:  # the parent is gone
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(1)
+            end(signal.SIGTERM)
 
-    for line in sys.stdin:
-        job = json.loads(line)
-        bag = Bag(job["name"], tuple(map(Path, job["files"])), job["declared"])
-        try:
-            answer(faults=build(bag, data, Path(job["folder"]), decoders, lambda done: answer(done=done)))
-        except NoRoom as fault:
-            answer(no_room=fault.args)
-        except OSError as error:  # a disk that fails
-            answer(no_room=[f"{error.filename or bag.name}: {error.strerror or error}"])
+    try:
+        for line in sys.stdin:
+            job = json.loads(line)
+            bag = Bag(job["name"], tuple(map(Path, job["files"])), job["declared"])
+            try:
+                answer(faults=build(bag, data, Path(job["folder"]), decoders, lambda done: answer(done=done)))
+            except NoRoom as fault:
+                answer(no_room=fault.args)
+            except OSError as error:  # a disk that fails
+                answer(no_room=[f"{error.filename or bag.name}: {error.strerror or error}"])
+        end(signal.SIGTERM)
+    finally:  # what a signal cut off, undisturbed by the one of the parent's end
+        remove_abandoned(cache_of_this_code(data))
 
 
 def build(bag: Bag, data: Data, folder: Path, decoders: int, report: Report) -> tuple[str, ...]:

@@ -104,9 +104,7 @@ def _check_room(needed: float, data: Data) -> None:
     free = shutil.disk_usage(data.cache_dir).free
     if needed > free:
         advice = "free some space, set data.cache_dir or a smaller data.image_size"
-        raise NoRoom(
-            f"{data.cache_dir}: needs about {needed / 1e9:.1f} GB more, {free / 1e9:.1f} GB are free; {advice}"
-        )
+        raise NoRoom(f"{data.cache_dir}: needs about {needed / 1e9:.1f} GB more, has {free / 1e9:.1f} GB; {advice}")
 
 
 def _remove_duplicates(cached: dict[str, Cached]) -> list[tuple[str, ...]]:

@@ -1,9 +1,11 @@
 """Building the cache in processes of their own: the same content, the same faults, nothing left behind."""
 
+import os
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -67,8 +69,13 @@ def test_a_stopped_run_leaves_no_process_and_no_folder(tmp_path: Path, number: s
     while not list((tmp_path / "cache").glob("reader-*/[0-9]-*")) and process.poll() is None:
         time.sleep(0.005)
     process.send_signal(number)
+    for _ in range(20 if number != signal.SIGKILL else 0):  # impatient users, and torchrun's second one
+        time.sleep(0.005)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
     _, err = process.communicate(timeout=30)
-    assert process.returncode == {signal.SIGKILL: -9, signal.SIGINT: 130, signal.SIGTERM: 75}[number], err
+    codes = {signal.SIGKILL: [-9], signal.SIGINT: [130, -2], signal.SIGTERM: [75]}  # a shell tells both as 130
+    assert process.returncode in codes[number], err
     assert "Traceback" not in err
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline and (left := builders(tmp_path) + list(tmp_path.rglob(".building-*"))):

@@ -290,7 +290,7 @@ def test_a_bag_that_cannot_be_read_is_no_full_disk(tmp_path: Path, monkeypatch: 
 def test_a_disk_that_will_be_too_small_is_told_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recorded(tmp_path, 3)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: mock.Mock(free=1000))
-    with pytest.raises(NoRoom, match=r"cache: needs about 0\.0 GB more, 0\.0 GB are free; free some space"):
+    with pytest.raises(NoRoom, match=r"cache: needs about 0\.0 GB more, has 0\.0 GB; free some space"):
         load_dataset(configured(tmp_path))
     assert len(list((tmp_path / "cache").rglob("meta.json"))) == 1, "after the first"
 
